@@ -1,0 +1,51 @@
+"""The frame of every command: subcommands, one paragraph for a user's error, exit codes.
+
+Exit codes: 0 done, 1 a check or comparison found something, 2 wrong usage or input, 130 interrupted.
+A subcommand is a module of this folder with `add(subparsers)`, which sets `run=` to a function of the parsed
+arguments that returns an exit code (None is 0).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable
+
+from minilm.errors import MinilmError
+
+
+def guarded(command: Callable[[], int | None], *, debug: bool) -> int:
+    """Run a command; a `MinilmError` becomes a paragraph on stderr and exit code 2. Anything else is our defect."""
+    try:
+        return command() or 0
+    except MinilmError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"\n{type(error).__name__}: {wrapped(str(error))}", file=sys.stderr)
+        if not debug:
+            print("(--debug shows the traceback)", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `minilm data show ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def wrapped(text: str) -> str:
+    """Paragraphs at 100 columns; lines that are indented (lists, tables) stay as they are."""
+    lines = (line if line.startswith(" ") else textwrap.fill(line, 100, break_long_words=False, break_on_hyphens=False)
+             for line in text.splitlines())
+    return "\n".join(lines)
+
+
+def parser(description: str, **kwargs: object) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs  # type: ignore[arg-type]
+    )
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return made
