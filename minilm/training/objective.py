@@ -1,0 +1,24 @@
+"""Model and loss as one module: what DDP and DeepSpeed wrap, so that they see one forward per micro-batch."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from minilm.alignment import Batch, Sum, score_hidden
+
+
+class Objective(nn.Module):
+    """forward(batch) -> (Sum over the batch, named auxiliary losses of the model, already weighted).
+
+    The logits are never held as a whole (`score_hidden`). The segments are handed to the model so that a
+    position sees its own document only.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> tuple[Sum, dict[str, Tensor]]:
+        """batch [B, L] on the model's device; raises what the model raises for rows that do not fit it."""
+        output = self.model(batch.inputs, segments=batch.segments, positions=batch.positions)
+        return score_hidden(output.hidden, self.model.head_weight, batch), dict(output.auxiliary)
