@@ -25,9 +25,11 @@ _PUBLIC = {
     "CheckpointError": "minilm.errors",
     "CheckFailed": "minilm.errors",
 }
-_MODULES = ("alignment", "config", "data", "errors", "evaluation", "models", "training")
+_MODULES = ("alignment", "config", "data", "errors", "evaluation", "manifest", "models", "track", "training")
 
-__all__ = ["__version__", *_PUBLIC, *_MODULES]
+__all__ = ["__version__"]
+__all__ += _PUBLIC
+__all__ += _MODULES
 
 
 def __getattr__(name: str) -> Any:

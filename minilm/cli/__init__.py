@@ -38,14 +38,22 @@ def guarded(command: Callable[[], int | None], *, debug: bool) -> int:
 
 def wrapped(text: str) -> str:
     """Paragraphs at 100 columns; lines that are indented (lists, tables) stay as they are."""
-    lines = (line if line.startswith(" ") else textwrap.fill(line, 100, break_long_words=False, break_on_hyphens=False)
-             for line in text.splitlines())
+    lines = (
+        line
+        if line.startswith(" ")
+        else textwrap.fill(line, 100, break_long_words=False, break_on_hyphens=False)
+        for line in text.splitlines()
+    )
     return "\n".join(lines)
 
 
 def parser(description: str, **kwargs: object) -> argparse.ArgumentParser:
+    """An argument parser as all our commands have it; `kwargs` go to argparse."""
     made = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs  # type: ignore[arg-type]
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **kwargs,  # type: ignore[arg-type]
     )
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made

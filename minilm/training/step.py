@@ -33,6 +33,16 @@ class StepResult:
 class NonFinite(CheckFailed):
     """Loss or gradient is NaN or infinite; the weights are those before the step."""
 
+    def __init__(self, loss: Sum, gradient_norm: float) -> None:
+        found = [f"the loss is {loss.mean}"] if not math.isfinite(loss.mean) else []
+        if not _is_norm(gradient_norm):
+            found.append("the gradient is not finite")
+        super().__init__(
+            f"{' and '.join(found).capitalize()}. The step was not taken: weights and optimizer are as before it. "
+            "Usual causes: optim.learning_rate too high, no warm-up (optim.warmup_steps), damaged weights."
+        )
+        self.loss, self.gradient_norm = loss, gradient_norm
+
 
 class Stopwatch:
     """Seconds per named part. On CUDA by events, read once at the end: a step is not interrupted to be timed."""
@@ -69,7 +79,7 @@ def optimizer_step(layout: Layout, micro_batches: Sequence[Batch], *, stop: bool
     or gradient that is not finite.
     """
     watch = Stopwatch(layout.device.type == "cuda")
-    targets = sum(float(batch.weights.sum(dtype=torch.float64)) for batch in micro_batches)
+    targets = sum(float(batch.num_targets()) for batch in micro_batches)
     total, wants_stop = layout.all_reduce([targets, float(stop)])
     if total == 0:
         raise DataError(
@@ -94,7 +104,8 @@ def optimizer_step(layout: Layout, micro_batches: Sequence[Batch], *, stop: bool
     names = sorted(auxiliary)
     means = layout.all_reduce([float(auxiliary[name]) / layout.world_size for name in names])
     norm = layout.gradient_norm()
-    _refuse_non_finite(loss, float(norm))
+    if not (math.isfinite(loss.mean) and _is_norm(float(norm))):
+        raise NonFinite(loss, float(norm))
     layout.step(norm)
     watch.lap("optimizer")
     return StepResult(
@@ -102,14 +113,5 @@ def optimizer_step(layout: Layout, micro_batches: Sequence[Batch], *, stop: bool
     )
 
 
-def _refuse_non_finite(loss: Sum, norm: float) -> None:
-    found = []
-    if not math.isfinite(loss.mean):
-        found.append(f"the loss is {loss.mean}")
-    if not math.isfinite(norm) or norm < 0:  # DeepSpeed reports a norm that is not finite as -1
-        found.append("the gradient is not finite")
-    if found:
-        raise NonFinite(
-            f"{' and '.join(found).capitalize()}. The step was not taken: weights and optimizer are as before it. "
-            "Usual causes: optim.learning_rate too high, no warm-up (optim.warmup_steps), damaged weights."
-        )
+def _is_norm(value: float) -> bool:
+    return math.isfinite(value) and value >= 0  # DeepSpeed reports a norm that is not finite as -1

@@ -20,7 +20,7 @@ from minilm.alignment import Batch, Sum
 from minilm.errors import CheckpointError
 from minilm.training import checkpoint, optim
 from minilm.training.layout import Asked, Layout
-from minilm.training.step import StepResult, optimizer_step
+from minilm.training.step import NonFinite, StepResult, optimizer_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,10 @@ class TrainConfig:
         if (self.steps is None) == (self.epochs is None):
             both = "both are given" if self.steps is not None else "neither is given"
             yield "steps", f"exactly one of train.steps and train.epochs decides how long the run is; {both}."
+
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """How long the run is, in optimizer steps."""
+        return self.steps or math.ceil((self.epochs or 0) * steps_per_epoch)
 
     def asked(self, clip_norm: float | None) -> Asked:
         return Asked(self.batch_size, self.micro_batch, self.precision, self.device, clip_norm, self.ranks)
@@ -145,7 +149,7 @@ class Trainer:
         self.checkpoints = run_folder / "checkpoints"
         self.log, self.progress = log, progress
         self.validate, self.sample, self.save_tokenizer = validate, sample, save_tokenizer
-        self.num_steps = config.steps or math.ceil(config.epochs * loader.steps_per_epoch)  # type: ignore[operator]
+        self.num_steps = config.num_steps(loader.steps_per_epoch)
         self.step = 0
         self.total_tokens = 0
         self.last_validation: tuple[int, Sum] | None = None
@@ -206,7 +210,12 @@ class Trainer:
         optimizer = self.layout.optimizer
         optim.set_rate(optimizer, optim.rate_at(self.rates, self.step, self.num_steps))
         rate = optim.rate_of(optimizer)
-        result = optimizer_step(self.layout, micro_batches, stop=self._signal is not None)
+        try:
+            result = optimizer_step(self.layout, micro_batches, stop=self._signal is not None)
+        except NonFinite as bad:  # shown as it is, then the run stops
+            values = {"loss": bad.loss.mean, "gradient_norm": bad.gradient_norm, "learning_rate": rate}
+            self.log.log("train", self.step + 1, values)
+            raise
         seconds = time.perf_counter() - start
         self.step += 1
         step_tokens = int(result.loss.tokens)

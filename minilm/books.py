@@ -1,0 +1,106 @@
+"""What the first rank of a run writes about it: settings, manifest, metrics, console. Closed whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from minilm import manifest
+from minilm.config import flatten
+from minilm.data.loader import Data, Loader
+from minilm.errors import MinilmError
+from minilm.run import RunConfig, write_config
+from minilm.track import Console, Tracker
+from minilm.training.layout import Layout
+from minilm.training.trainer import Outcome, Trainer
+
+
+class Silent:
+    """Log and progress of the ranks that write nothing."""
+
+    def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None: ...
+    def sample(self, step: int, samples: list[dict[str, Any]]) -> None: ...
+    def event(self, step: int, text: str, **values: Any) -> None: ...
+    def sync(self) -> None: ...
+    def resume_at(self, step: int) -> None: ...
+    def start(self, total_steps: int, initial: int = 0) -> None: ...
+    def update(self, step: int, stats: Mapping[str, Any]) -> None: ...
+    def message(self, text: str) -> None: ...
+
+
+class Books:
+    """Opens the books of a run; `with` closes them, saying how it ended. `outcome` is set when it has one.
+
+    step: where the run stands (0, or the step of the checkpoint that it resumes from).
+    """
+
+    def __init__(
+        self, config: RunConfig, origins: dict[str, str], layout: Layout, data: Data, *, step: int
+    ) -> None:
+        self.outcome: Outcome | None = None
+        self.log: Any = Silent()
+        self.progress: Any = Silent()
+        self._config, self._layout, self._data = config, layout, data
+        self._open: tuple[Console, Tracker, manifest.Manifest] | None = None
+        if layout.is_main:
+            self._open = self._opened(origins, step)
+            self.progress, self.log, _ = self._open
+
+    def _opened(self, origins: dict[str, str], step: int) -> tuple[Console, Tracker, manifest.Manifest]:
+        config, layout, store = self._config, self._layout, self._data.train.store
+        folder, settings, entropy = config.run_folder, flatten(config), store.entropy
+        write_config(config)
+        record = manifest.begin(
+            folder,
+            config=settings,
+            origins=origins,
+            data={"store": str(store.path), "fingerprint": store.fingerprint},
+            tokenizer={"fingerprint": self._data.tokenizer.fingerprint if self._data.tokenizer else None},
+            model={"name": config.model.name, "num_parameters": config.model.num_parameters()},
+            layout=layout.facts(),
+            step=step,
+        )
+        console = Console(folder, log_every=config.track.log_every)
+        tracker = Tracker(
+            folder,
+            config.track,
+            settings,
+            vocab_size=config.model.vocab_size,
+            floor=entropy["rate_nats"] if entropy else None,
+            message=console.message,
+        )
+        return console, tracker, record
+
+    def announce(self, loader: Loader, trainer: Trainer) -> None:
+        """What is about to happen, in four lines."""
+        say, model, rows = self.progress.message, self._config.model, self._data.train
+        left_over = f", {loader.dropped_rows} rows of each epoch left over" if loader.dropped_rows else ""
+        say(f"run     {self._config.run_folder}")
+        say(f"model   {model.name}, {model.num_parameters():,} parameters, attention {model.attention}")
+        say(f"layout  {self._layout}; {loader.batch_rows} rows of {rows.sequence_length} tokens a step")
+        say(
+            f"data    {rows.store.path}: {rows.rows_per_epoch:,} rows, {loader.steps_per_epoch:,} steps an epoch"
+            f"{left_over}; {trainer.num_steps:,} steps in all"
+        )
+
+    def __enter__(self) -> Books:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
+    ) -> None:
+        if self._open is None:
+            return
+        console, tracker, record = self._open
+        state = (
+            self.outcome.state if self.outcome else "interrupted" if kind is KeyboardInterrupt else "failed"
+        )
+        reason = None
+        if error is not None:
+            reason = str(error) if isinstance(error, MinilmError) else f"{type(error).__name__}: {error}"
+        results = {}
+        if self.outcome is not None:
+            results = {"loss": self.outcome.loss, "validation_loss": self.outcome.validation_loss}
+        tracker.close(state, reason)
+        record.finish(state, step=self.outcome.step if self.outcome else None, error=reason, results=results)
+        console.close()

@@ -1,0 +1,221 @@
+"""From settings to a running Trainer: data, model, layout, validation, samples and log put together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilm import models
+from minilm.alignment import Sum
+from minilm.books import Books
+from minilm.config import Resolved, flatten
+from minilm.data.loader import Data, Loader, open_data, validation_batches
+from minilm.errors import ConfigError
+from minilm.evaluation.generate import generate
+from minilm.evaluation.score import evaluate
+from minilm.models import folder as model_folder
+from minilm.run import CONFIG, RunConfig, load_config, with_vocabulary
+from minilm.training import checkpoint, optim
+from minilm.training.layout import Layout
+from minilm.training.objective import Objective
+from minilm.training.trainer import Outcome, Trainer, exit_code
+
+SAMPLES = "samples.md"
+
+# Settings that change no weight and no logged training loss: how often something is looked at, where things lie,
+# and how the same global batch is cut.
+_FREE_ON_RESUME = (
+    *(
+        "run.",
+        "track.",
+        "sample.",
+        "data.store",
+        "data.validation_store",
+        "data.prefetch",
+        "train.micro_batch",
+    ),
+    *(
+        "train.ranks",
+        "train.device",
+        "train.keep_",
+        "train.save_every",
+        "train.sample_every",
+        "train.validat",
+    ),
+)
+
+
+def train(resolved: Resolved[RunConfig], *, resume: bool) -> int:
+    """Run a training job to its end or to a signal; returns the exit code. Every rank calls it.
+
+    Raises ConfigError, DataError, CheckpointError or CheckFailed; what was computed until then is on disk.
+    """
+    layout = Layout(resolved.value.train.asked(resolved.value.optim.clip_norm))
+    try:
+        return _train(layout, resolved, resume)
+    finally:
+        layout.close()
+
+
+def _train(layout: Layout, resolved: Resolved[RunConfig], resume: bool) -> int:
+    data = open_data(resolved.value.data)
+    config = with_vocabulary(resolved, data.train.store)
+    used, found = _start_or_resume(config, resume, layout)
+    model = _model(config, layout, found)
+    layout.prepare(Objective(model).to(layout.device), optim.build(model, config.optim))
+    loader = Loader(
+        data.train,
+        batch_rows=config.train.batch_size,
+        micro_batch=layout.micro_batch,
+        rank=layout.rank,
+        world=layout.world_size,
+        seed=config.train.seed,
+        prefetch=config.data.prefetch,
+    )
+    num_steps = config.train.num_steps(loader.steps_per_epoch)
+    if found is not None and found.step >= num_steps:
+        if layout.is_main:
+            print(
+                f"{config.run_folder} is finished: {found.folder.name} of {num_steps} steps.", file=sys.stderr
+            )
+        return 0
+    # Dropout must differ between ranks; the weights are the same on all, they were drawn before.
+    torch.manual_seed(config.train.seed * 100_003 + layout.rank + 1)
+    with Books(config, resolved.origins, layout, data, step=found.step if found else 0) as books:
+        trainer = Trainer(
+            config.train,
+            config.optim,
+            layout=layout,
+            loader=loader,
+            run_folder=config.run_folder,
+            log=books.log,
+            progress=books.progress,
+            validate=_validation(config, layout, data),
+            sample=_sampling(config, layout, data),
+            save_tokenizer=data.tokenizer.save if data.tokenizer else None,
+        )
+        books.announce(loader, trainer)
+        with loader:
+            if found is not None:
+                trainer.resume(found)
+            elif used:  # killed before its first save: the same run from its first step
+                books.log.resume_at(0)
+            outcome = trainer.run()
+        books.outcome = outcome
+    if layout.is_main:
+        _farewell(config, outcome)
+    return exit_code(outcome)
+
+
+def _start_or_resume(config: RunConfig, resume: bool, layout: Layout) -> tuple[bool, checkpoint.Found | None]:
+    """Is the run folder in use (allowed with --resume only), and the checkpoint to continue from, if it has one."""
+    folder = config.run_folder
+    used = (folder / "metrics.jsonl").is_file()
+    layout.barrier()  # nobody looks after the first rank has begun to write
+    if not resume:
+        if used:
+            raise ConfigError(
+                f"The run folder {folder} is in use. Continue it with --resume, or give another --run.name."
+            )
+        return False, None
+    if used:
+        _refuse_changes(config, folder)
+    if not checkpoint.list_checkpoints(folder / "checkpoints"):
+        return used, None
+    found, damaged = checkpoint.find(folder)
+    for line in damaged if layout.is_main else ():
+        print(f"damaged checkpoint passed over: {line}", file=sys.stderr)
+    return used, found
+
+
+def _refuse_changes(config: RunConfig, folder: Path) -> None:
+    """A resumed run is the run that was never interrupted: settings that change its numbers must be as before."""
+    before, now = flatten(load_config(folder / CONFIG).value), flatten(config)
+    changed = [
+        f"{key}: {before.get(key)!r} before, {now[key]!r} now"
+        for key in now
+        if before.get(key) != now[key] and not key.startswith(_FREE_ON_RESUME)
+    ]
+    if changed:
+        raise ConfigError(
+            "These settings decide the numbers of the run and differ from those it was started with: "
+            + "; ".join(changed)
+            + ". Give the old ones to resume, or another --run.name to start a new run."
+        )
+
+
+def _model(config: RunConfig, layout: Layout, found: checkpoint.Found | None) -> torch.nn.Module:
+    torch.manual_seed(config.train.seed)
+    model = models.build(config.model)
+    if found is not None:
+        model_folder.load_weights(model, found.folder)
+    return model.to(layout.device)
+
+
+def _validation(config: RunConfig, layout: Layout, data: Data) -> Callable[[], Sum] | None:
+    rows = data.validation
+    if rows is None:
+        return None
+    lengths = data.tokenizer.byte_lengths if data.tokenizer and data.tokenizer.lossless else None
+
+    def validate() -> Sum:
+        batches = validation_batches(
+            rows, layout.micro_batch, layout.rank, layout.world_size, max_rows=config.train.validation_rows
+        )
+        with layout.autocast():
+            return evaluate(layout.model, batches, byte_lengths=lengths, device=layout.device)
+
+    return validate
+
+
+def _sampling(config: RunConfig, layout: Layout, data: Data) -> Callable[[int], list[dict[str, Any]]] | None:
+    tokenizer, settings = data.tokenizer, config.sample
+    if tokenizer is None:
+        return None
+
+    def sample(step: int) -> list[dict[str, Any]]:
+        with layout.autocast():
+            written = generate(
+                layout.model,
+                [tokenizer.prompt(text) for text in settings.prompts],
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                seed=settings.seed,
+                eos_id=tokenizer.eos_id,
+            )
+        samples = [
+            {"prompt": prompt, "text": tokenizer.decode(result.tokens), "stopped": result.stopped}
+            for prompt, result in zip(settings.prompts, written, strict=True)
+        ]
+        with (config.run_folder / SAMPLES).open("a", encoding="utf-8") as file:
+            for entry in samples:
+                file.write(f"## step {step}, prompt {entry['prompt']!r}, ended by {entry['stopped']}\n\n")
+                file.write(
+                    "\n".join(f"    {line}" for line in (entry["prompt"] + entry["text"]).splitlines())
+                    + "\n\n"
+                )
+        return samples
+
+    return sample
+
+
+def _farewell(config: RunConfig, outcome: Outcome) -> None:
+    folder = config.run_folder
+    if outcome.state == "interrupted":
+        print(
+            f"\nstopped after step {outcome.step}; continue with the same command and --resume",
+            file=sys.stderr,
+        )
+        return
+    validation = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
+    loss = "" if outcome.loss is None else f": training loss {outcome.loss:.4f}"
+    print(f"\nfinished at step {outcome.step}{loss}{validation}", file=sys.stderr)
+    print(
+        f"  run folder  {folder}\n  curve       {folder / 'loss.png'}\n  samples     {folder / SAMPLES}",
+        file=sys.stderr,
+    )

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# From nothing to a trained language model: environment, corpus, tokenizer, training, evaluation, text.
+#
+#   bash run_file/quickstart.sh                       about 5 minutes on 2 CPU cores, after the installation
+#   bash run_file/quickstart.sh --train.steps=50      further words are settings for train.py
+#
+# On a GPU the reference size (25.8 M parameters) is trained, on a CPU a model of 3 M. Run it again: what is there
+# is used, an interrupted training goes on, and a finished one is only evaluated. QUICKSTART_RUN names another run.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source run_file/install.sh
+install_minilm dashboard
+
+device=$(python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
+run=${QUICKSTART_RUN:-quickstart}
+data=data/quickstart
+echo "== corpus and tokenizer ($device)"
+minilm tokenizer train --source builtin:python --vocab-size 6400 --out "$data/tokenizer"
+minilm data build --source builtin:python --tokenizer "$data/tokenizer" --validation-fraction 0.03 --out "$data/store"
+
+echo "== training"
+python train.py --config "run_file/quickstart_$device.yaml" --run.name="$run" --resume "$@"
+
+echo "== evaluation"
+python eval.py --checkpoint "runs/$run" --samples 2 --json "runs/$run/evaluation.json"
+
+echo "== text"
+minilm generate --checkpoint "runs/$run" --prompt "Return the " --max-new-tokens 80 --temperature 0.7 --seed 1
+
+cat <<END
+
+Done.
+  run folder   runs/$run
+  curve        runs/$run/loss.png
+  samples      runs/$run/samples.md
+  evaluation   runs/$run/evaluation.json
+  dashboard    swanlab watch runs/swanlog      (inside the environment: source .venv/bin/activate)
+END

@@ -1,0 +1,83 @@
+"""Two processes, launched as users launch them, compute what one process computes: DDP and DeepSpeed ZeRO-2.
+
+Run by accelerate on two CPU ranks through gloo, with the launcher files of run_file/accelerate.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from training_runs import SETTINGS, column, final_weights, flags, launched, make_store, records, run_here
+
+from minilm.training import checkpoint
+
+STEPS = 30
+pytestmark = [pytest.mark.usefixtures("fresh_accelerate"), pytest.mark.xdist_group("two ranks")]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("data") / "store")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, store):
+    return run_here(tmp_path_factory.mktemp("runs"), store, name="alone", train__steps=STEPS)
+
+
+def run_on_two(folder, store, launcher, *more, **changes):
+    settings = SETTINGS | {"data.store": store, "run.folder": folder, "run.name": "two", "train.steps": STEPS}
+    settings |= {"train.micro_batch": 2, "train.ranks": 2, "train.save_every": 10}
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    result = launched([*flags(settings), *more], launcher=launcher)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder / "two", result
+
+
+@pytest.mark.parametrize("launcher", ["cpu2.yaml", "cpu2_zero2.yaml"])
+def test_two_ranks_log_the_losses_of_one_process_in_float32_and_resume_bit_for_bit(
+    tmp_path, store, alone, launcher
+):
+    run, result = run_on_two(tmp_path, store, launcher)
+    assert ("ZeRO-2 on 2 rank(s)" if "zero" in launcher else "DDP on 2 ranks") in result.stderr
+    for name in ("loss", "gradient_norm"):
+        assert column(run, name) == pytest.approx(column(alone, name), rel=1e-5), name
+    for name in ("step_tokens", "total_tokens", "learning_rate", "epoch", "step"):
+        assert column(run, name) == column(alone, name), name
+    assert records(run, "validation")[-1]["loss"] == pytest.approx(
+        records(alone, "validation")[-1]["loss"], rel=1e-5
+    )
+    weights, expected = final_weights(run), final_weights(alone)
+    assert weights.keys() == expected.keys()  # the tied matrix once, in float32
+    for name, value in weights.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+
+    # The same run again from its checkpoint at step 20: nothing may differ.
+    losses, norms = column(run, "loss"), column(run, "gradient_norm")
+    saved = checkpoint.list_checkpoints(run / "checkpoints")
+    assert [c.step for c in saved] == [20, 30]
+    saved[-1].folder.rename(tmp_path / "moved away")
+    run_on_two(tmp_path, store, launcher, "--resume")
+    assert column(run, "loss") == losses and column(run, "gradient_norm") == norms
+    for name, value in final_weights(run).items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_zero2_in_bf16_stays_within_a_hundredth_and_keeps_float32_weights(tmp_path, store, alone):
+    run, _ = run_on_two(tmp_path, store, "cpu2_zero2.yaml", train__precision="bf16")
+    assert column(run, "loss") == pytest.approx(column(alone, "loss"), rel=1e-2)
+    weights = final_weights(run)
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    rounded = [torch.equal(value, value.bfloat16().float()) for value in weights.values()]
+    assert not any(rounded)  # the master weights, not the bfloat16 copies
+    layout = json.loads((run / "manifest.json").read_text())["layout"]
+    assert layout["precision"] == "bf16" and layout["zero_stage"] == 2
+
+
+def test_a_launch_that_starts_fewer_processes_than_asked_is_refused(tmp_path, store):
+    settings = SETTINGS | {"data.store": store, "run.folder": tmp_path, "train.steps": 10, "train.ranks": 2}
+    result = launched(flags(settings))
+    assert result.returncode == 2
+    assert "train.ranks asks for 2 processes, 1 were launched" in result.stderr

@@ -1,0 +1,41 @@
+"""Train a language model.
+
+    python train.py --config run_file/quickstart.yaml --optim.learning_rate=3e-4
+    accelerate launch --config_file run_file/accelerate/zero2.yaml train.py --config FILE --section.key=value
+    python train.py --config FILE --resume
+
+Settings come from defaults, then the file, then the flags. --help lists all of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from minilm import cli
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.parser(__doc__ or "", prog="train.py", add_help=False)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings, or a run folder")
+    parser.add_argument("--resume", action="store_true", help="continue the run from its newest checkpoint")
+    parser.add_argument("-h", "--help", action="store_true", help="show this page with all settings")
+    arguments, settings = parser.parse_known_args(argv)
+    if arguments.help:
+        from minilm.cli.settings import print_settings
+
+        parser.print_help()
+        print_settings()
+        return 0
+
+    def run() -> int:
+        from minilm.launch import train
+        from minilm.run import load_config
+
+        return train(load_config(arguments.config, settings), resume=arguments.resume)
+
+    return cli.guarded(run, debug=arguments.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
