@@ -6,6 +6,10 @@ import pytest
 import torch
 
 
+# Test models are too small to profit from threads, and two workers of pytest-xdist share the machine.
+torch.set_num_threads(1)
+
+
 @pytest.fixture
 def fresh_accelerate():
     """Accelerate keeps its state in class attributes: a test that trains starts and leaves without any."""

@@ -6,6 +6,7 @@ Run by accelerate on two CPU ranks through gloo, with the launcher files of run_
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -63,6 +64,19 @@ def test_two_ranks_log_the_losses_of_one_process_in_float32_and_resume_bit_for_b
     assert column(run, "loss") == losses and column(run, "gradient_norm") == norms
     for name, value in final_weights(run).items():
         assert torch.equal(value, weights[name]), name
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_as_one_process_and_the_other_way_round(tmp_path, store, alone):
+    two, _ = run_on_two(tmp_path, store, "cpu2_zero2.yaml")
+    shutil.rmtree(two / "checkpoints" / "step-00000030")
+    back = run_here(tmp_path, store, name="two", resume=True, train__steps=STEPS, train__save_every=15)
+    assert column(back, "loss") == pytest.approx(column(alone, "loss"), rel=1e-5)
+    assert column(back, "step") == list(range(1, STEPS + 1))
+    shutil.rmtree(two / "checkpoints" / "step-00000030")
+    again, _ = run_on_two(tmp_path, store, "cpu2_zero2.yaml", "--resume")
+    assert column(again, "loss") == pytest.approx(column(alone, "loss"), rel=1e-5)
+    for name, value in final_weights(again).items():
+        torch.testing.assert_close(value, final_weights(alone)[name], rtol=1e-3, atol=1e-5)
 
 
 def test_zero2_in_bf16_stays_within_a_hundredth_and_keeps_float32_weights(tmp_path, store, alone):

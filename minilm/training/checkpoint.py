@@ -3,7 +3,7 @@
     checkpoints/step-00000500/
         model.safetensors  model.json     float32 weights and the model's settings: enough to evaluate or generate
         tokenizer/                        a Hugging Face folder
-        optimizer.pt | deepspeed/         optimizer state (ZeRO: its own files, with the master weights)
+        optimizer.safetensors             optimizer state by parameter name, the same for every layout
         random-00000.pt                   random states, one file per rank
         trainer.json                      step, tokens, position in the data, how the run was spread
         files.json                        size and checksum of each file, written last
@@ -27,9 +27,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from minilm.errors import CheckpointError, listed
 from minilm.models import folder as model_folder
+from minilm.training import state as state_by_name
 from minilm.training.layout import Layout
 
 FORMAT = 1
@@ -110,33 +112,25 @@ def save(
     """Write checkpoints/step-N for N = state["step"]. Collective: every rank calls it, every rank sees a failure."""
     final = folder / f"step-{state['step']:08d}"
     aside = folder / f".saving-{final.name}"
-    weights = layout.full_weights()
+    # What all ranks gather together comes before what one of them may fail at.
+    weights, moments = state_by_name.full_weights(layout), state_by_name.optimizer_state(layout)
     with _together(layout, f"The checkpoint {final} could not be written"):
         if layout.is_main:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
     with _together(layout, f"The checkpoint {final} could not be written"):
         torch.save(random_states(layout.device), aside / f"random-{layout.rank:05d}.pt")
-        if layout.engine is None and layout.is_main:
-            torch.save(layout.optimizer.state_dict(), aside / "optimizer.pt")
         if layout.is_main:
             model_folder.save(layout.model, aside, weights)
+            moments.write(aside)
             if tokenizer is not None:
                 tokenizer(aside / "tokenizer")
             record = {"format": FORMAT, **state, "layout": layout.facts()}
             (aside / "trainer.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if layout.engine is not None:
-        with _quiet(layout):
-            layout.engine.save_checkpoint(
-                str(aside / "deepspeed"), tag="state", exclude_frozen_parameters=False
-            )
-    layout.barrier()
     with _together(layout, f"The checkpoint {final} could not be written"):
         if layout.is_main:
             _seal(aside)
-            if (
-                final.exists()
-            ):  # a second save at the same step, for instance after a resume that stopped at once
+            if final.exists():  # the same step again, after a resume that was stopped at once
                 shutil.rmtree(final)
             aside.rename(final)
             _sync(folder)
@@ -144,30 +138,17 @@ def save(
 
 
 def load(layout: Layout, checkpoint: Found) -> dict[str, Any]:
-    """Optimizer state and random states into a prepared layout; returns trainer.json. Weights of an unsharded
-    model are already in the model (models.folder.load); ZeRO takes its own copies. Collective."""
-    state = checkpoint.trainer
-    saved, now = state["layout"], layout.facts()
-    sharded = "zero" in (saved["kind"], now["kind"])
-    if sharded and saved != now:
-        differing = [f"{key}: {saved[key]} then, {now[key]} now" for key in now if saved.get(key) != now[key]]
-        raise CheckpointError(
-            f"{checkpoint.folder} was written by another layout and its optimizer state is sharded: "
-            f"{', '.join(differing)}. Resume with the same launcher settings."
-        )
-    if layout.engine is not None:
-        with _quiet(layout):
-            path, _ = layout.engine.load_checkpoint(str(checkpoint.folder / "deepspeed"), tag="state")
-        if path is None:
-            raise CheckpointError(f"DeepSpeed found no state in {checkpoint.folder / 'deepspeed'}.")
-    else:
-        layout.optimizer.load_state_dict(
-            torch.load(checkpoint.folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        )
+    """Optimizer and random states into a prepared layout, whatever layout wrote them; returns trainer.json.
+
+    The weights of an unsharded model are already in it (models.folder.load_weights); ZeRO's master copies are
+    set here. Collective.
+    """
+    weights = load_file(checkpoint.folder / model_folder.WEIGHTS)
+    state_by_name.load(layout, checkpoint.folder, weights)
     own = checkpoint.folder / f"random-{layout.rank:05d}.pt"
     if own.is_file():  # more ranks than when it was saved: the new ones keep their fresh seeds
         set_random_states(torch.load(own, map_location="cpu", weights_only=True), layout.device)
-    return state
+    return checkpoint.trainer
 
 
 def prune(folder: Path, *, keep_last: int, keep_best: bool) -> list[Path]:
@@ -231,20 +212,6 @@ def _together(layout: Layout, what: str) -> Any:
         raise CheckpointError(
             f"{what}: {why}. Free space or mend the folder, then continue with --resume."
         ) from failure
-
-
-@contextlib.contextmanager
-def _quiet(layout: Layout) -> Any:
-    """DeepSpeed announces every file of a checkpoint at level INFO; warnings stay."""
-    import logging
-
-    logger = logging.getLogger("DeepSpeed")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _seal(folder: Path) -> None:

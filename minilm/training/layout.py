@@ -168,19 +168,6 @@ class Layout:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
-    def full_weights(self) -> dict[str, Tensor]:
-        """Float32 weights of the model, by name, on every rank (ZeRO: from the master copies). Collective."""
-        state = self.model.state_dict(keep_vars=True)
-        if self.engine is None:
-            return {name: value.detach() for name, value in state.items()}
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        # A tied matrix has one master copy; a buffer has none and is the same on every rank.
-        return {
-            name: safe_get_full_fp32_param(value).detach() if isinstance(value, nn.Parameter) else value
-            for name, value in state.items()
-        }
-
     @property
     def model(self) -> nn.Module:
         """The bare model inside the wrapped objective."""

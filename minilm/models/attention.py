@@ -1,0 +1,207 @@
+"""One attention function, three kernels that give the same answer.
+
+    flash   the flash-attn package: variable-length kernel, no mask, work only inside documents. CUDA, 16 bit.
+            With a cache the sdpa kernel runs instead: a row there is a few queries over a left-padded buffer.
+    sdpa    torch's scaled_dot_product_attention
+    eager   written out: the reference for reading and testing
+    auto    flash where the package is installed and device and dtype allow it, else sdpa
+
+The rule is the same for all: query i attends to the keys j <= i of its own segment. Padding (segment 0)
+attends to padding, so that a row of a softmax is never empty and nothing becomes NaN.
+What the layers of one forward pass share is made once, in a `Plan`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minilm.errors import ConfigError
+from minilm.models.cache import KVCache
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about the rows of one forward pass that its layers share.
+
+    backend  flash, sdpa or eager: never auto
+    cos, sin [B or 1, L, 1, head_dim / 2] rotary factors of each position
+    mask     [B or 1, 1, L, S] bool, True = may attend; None where plain causal attention says it all
+    borders  int32 [documents + 1] first flat index of each document, then B * L (flash only)
+    longest  upper bound of a document's length (flash only)
+    cache    keys and values of earlier calls, to be extended
+    """
+
+    backend: str
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None = None
+    borders: Tensor | None = None
+    longest: int = 0
+    cache: KVCache | None = None
+
+
+def plan(
+    backend: str,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    inputs: Tensor,
+    segments: Tensor | None,
+    dtype: torch.dtype,
+    head_dim: int,
+    cache: KVCache | None,
+) -> Plan:
+    """Choose the kernel and describe who attends to whom. `segments` are those of the inputs [B, L] or None."""
+    rows, length = inputs.shape
+    backend = resolve(backend, inputs.device, dtype, head_dim)
+    if cache is not None:
+        # The buffer is longer than the queries, so "causal" alone would be aligned wrongly: always a mask.
+        known = cache.all_segments  # [B, S], the segments of these inputs included
+        mask = allowed(known[:, -length:], known)
+        return Plan("sdpa" if backend == "flash" else backend, cos, sin, mask=mask, cache=cache)
+    if backend == "flash":
+        return Plan(backend, cos, sin, borders=borders(segments, rows, length, inputs.device), longest=length)
+    if segments is not None:
+        return Plan(backend, cos, sin, mask=allowed(segments, segments))
+    if backend == "eager":
+        one = torch.ones(1, length, dtype=torch.long, device=inputs.device)
+        return Plan(backend, cos, sin, mask=allowed(one, one))
+    return Plan(backend, cos, sin)
+
+
+def allowed(queries: Tensor, keys: Tensor) -> Tensor:
+    """Segments of queries [B, L] and keys [B, S], the queries being the last L keys -> mask [B, 1, L, S]."""
+    length, total = queries.shape[1], keys.shape[1]
+    same = queries[:, :, None] == keys[:, None, :]  # [B, L, S]
+    index = torch.arange(total, device=keys.device)
+    causal = index[None, :] <= index[total - length :, None]  # [L, S]
+    return (same & causal).unsqueeze(1)
+
+
+def borders(segments: Tensor | None, rows: int, length: int, device: torch.device) -> Tensor:
+    """Where documents begin in the flattened rows, then the end: the `cu_seqlens` of variable-length kernels.
+
+    Every row begins a document, so does every change of segment; padding is a document to itself.
+    """
+    starts = torch.zeros(rows, length, dtype=torch.bool, device=device)
+    starts[:, 0] = True
+    if segments is not None:
+        starts[:, 1:] |= segments[:, 1:] != segments[:, :-1]
+    first = starts.flatten().nonzero().flatten()
+    return F.pad(first, (0, 1), value=rows * length).to(torch.int32)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float = 0.0) -> Tensor:
+    """q [B, L, H, d], k and v [B, S, Hkv, d] -> [B, L, H, d]. Query head h uses key/value head h // (H / Hkv).
+
+    `dropout` is the probability to drop an attention weight: the caller passes 0 outside of training.
+    """
+    return _KERNELS[plan.backend](q, k, v, plan, dropout)
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tensor:
+    """The reference, written out. Shapes as in `attend`, and so for the other kernels."""
+    assert plan.mask is not None
+    k, v = (repeated(x, q.shape[2]) for x in (k, v))
+    scores = torch.einsum("blhd,bshd->bhls", q, k) * q.shape[-1] ** -0.5
+    precise = (
+        scores if scores.dtype == torch.float64 else scores.float()
+    )  # a softmax in 16 bits loses the tail
+    weights = precise.masked_fill(~plan.mask, float("-inf")).softmax(dim=-1).to(v.dtype)
+    return torch.einsum("bhls,bshd->blhd", F.dropout(weights, dropout, training=dropout > 0), v)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tensor:
+    """torch's kernels; it picks the fastest that takes these tensors."""
+    if q.is_cuda and (plan.mask is not None or q.dtype not in (torch.float16, torch.bfloat16)):
+        # Only the memory-efficient CUDA kernel takes a mask or float32, and it knows no grouped heads: left
+        # alone, torch would fall back to the kernel that writes all scores to memory.
+        k, v = (repeated(x, q.shape[2]) for x in (k, v))
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=plan.mask,
+        dropout_p=dropout,
+        is_causal=plan.mask is None,  # then as many keys as queries: torch aligns its triangle top left
+        enable_gqa=k.shape[2] != q.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tensor:
+    """The variable-length kernel of the package flash-attn: all documents of all rows in one flat row."""
+    from flash_attn import flash_attn_varlen_func
+
+    out = flash_attn_varlen_func(
+        q.flatten(0, 1),  # [B * L, H, d]: rows follow each other, `borders` tells the documents apart
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        cu_seqlens_q=plan.borders,
+        cu_seqlens_k=plan.borders,
+        max_seqlen_q=plan.longest,
+        max_seqlen_k=plan.longest,
+        dropout_p=dropout,
+        causal=True,
+    )
+    return out.view_as(q)
+
+
+_KERNELS = {"eager": eager, "sdpa": sdpa, "flash": flash}
+
+
+def repeated(x: Tensor, num_heads: int) -> Tensor:
+    """[B, S, Hkv, d] -> [B, S, H, d]: each key/value head H / Hkv times in a row."""
+    return x if x.shape[2] == num_heads else x.repeat_interleave(num_heads // x.shape[2], dim=2)
+
+
+def resolve(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The kernel that runs. Raises ConfigError where `flash` was asked for and cannot run."""
+    if backend not in ("auto", "flash"):
+        return backend
+    reason = flash_refusal(device, dtype, head_dim) or flash_missing()
+    if reason is None:
+        return "flash"
+    if backend == "flash":
+        raise ConfigError(f"model.attention is flash, but {reason}")
+    return "sdpa"
+
+
+@functools.cache
+def flash_missing() -> str | None:
+    """Why the package flash-attn cannot be used at all, with what to do; None if it can be imported."""
+    advice = (
+        "Install it on a machine with a CUDA compiler (pip install flash-attn --no-build-isolation), or choose "
+        "attention: auto, which uses the flash kernel inside torch."
+    )
+    if importlib.util.find_spec("flash_attn") is None:
+        return f"the package flash-attn is not installed. {advice}"
+    try:
+        importlib.import_module("flash_attn")
+    except (
+        ImportError,
+        OSError,
+    ) as error:  # built for another torch or CUDA: common, and no reason to stop `auto`
+        problem = f"the installed flash-attn cannot be imported ({error})"
+        warnings.warn(f"{problem}; attention: auto uses torch's kernels instead.", stacklevel=2)
+        return f"{problem}. {advice}"
+    return None
+
+
+def flash_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the installed package cannot run on these tensors; None if it can."""
+    if device.type != "cuda":
+        return f"flash-attn runs on CUDA only, and the model is on {device.type}. Choose attention: auto."
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"flash-attn needs float16 or bfloat16, and attention runs in {dtype}. Train in bf16 or choose auto."
+    if head_dim % 8 or head_dim > 256:
+        return f"flash-attn needs a head size that is a multiple of 8 up to 256, not {head_dim}. Choose auto."
+    return None

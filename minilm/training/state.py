@@ -1,0 +1,151 @@
+"""The state of the optimizer by parameter name, the same whatever the layout: one process, DDP or ZeRO.
+
+DeepSpeed's own checkpoint belongs to the number of ranks that wrote it and is a pickle. Here every rank's part of
+the float32 master weights and of AdamW's moments is put together under the name of its parameter, so that N ranks
+can go on as M, with or without ZeRO. Nothing is rounded on the way: what goes out comes back bit for bit.
+
+    optimizer.safetensors    NAME::exp_avg, NAME::exp_avg_sq, ... float32, shaped like the parameter; steps in metadata
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minilm.errors import CheckpointError, listed
+from minilm.training.layout import Layout
+
+FILE = "optimizer.safetensors"
+_SEPARATOR = "::"
+
+
+def full_weights(layout: Layout) -> dict[str, Tensor]:
+    """Float32 weights of the model by name, on every rank (ZeRO: from the master copies). Collective."""
+    state = layout.model.state_dict(keep_vars=True)
+    if layout.engine is None:
+        return {name: value.detach() for name, value in state.items()}
+    # A tied matrix has one master copy; a buffer has none and is the same on every rank.
+    return {
+        name: value.get_full_hp_param().detach() if isinstance(value, nn.Parameter) else value
+        for name, value in state.items()
+    }
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """`tensors`: "NAME::KIND" -> float32, shaped like the parameter; `steps`: NAME -> updates it has had."""
+
+    tensors: dict[str, Tensor]
+    steps: dict[str, float]
+
+    def write(self, folder: Path) -> None:
+        """Write optimizer.safetensors."""
+        save_file(self.tensors, folder / FILE, metadata={"format": "pt", "steps": json.dumps(self.steps)})
+
+
+def optimizer_state(layout: Layout) -> OptimizerState:
+    """The whole state, on every rank. Collective."""
+    named = dict(layout.model.named_parameters())
+    tensors: dict[str, Tensor] = {}
+    steps: dict[str, float] = {}
+    if layout.engine is None:
+        state = layout.optimizer.optimizer.state
+        for name, parameter in named.items():
+            own = dict(state[parameter])
+            steps[name] = float(own.pop("step"))
+            tensors |= {name + _SEPARATOR + kind: value.detach().contiguous() for kind, value in own.items()}
+        return OptimizerState(tensors, steps)
+    zero = layout.engine.optimizer
+    _link(zero)
+    flat_state = [zero.optimizer.state[flat] for flat in zero.single_partition_of_fp32_groups]
+    kinds = [key for key in flat_state[0] if key != "step"]
+    for name, parameter in named.items():
+        steps[name] = float(flat_state[0]["step"])
+        for kind in kinds:
+            tensors[name + _SEPARATOR + kind] = parameter.get_full_hp_param(kind).detach()
+    return OptimizerState(tensors, steps)
+
+
+def load(layout: Layout, folder: Path, weights: dict[str, Tensor]) -> None:
+    """Put back what `OptimizerState.write` wrote into a freshly prepared layout.
+
+    weights  float32 by name: the master copies of a sharded layout are set to them.
+    Raises CheckpointError naming every parameter that does not fit.
+    """
+    saved_state = _read(folder / FILE)
+    tensors, steps = saved_state.tensors, saved_state.steps
+    named = dict(layout.model.named_parameters())
+    saved = {key.partition(_SEPARATOR)[0] for key in tensors}
+    wrong = [f"{name} has no optimizer state" for name in named if name not in saved]
+    wrong += [f"{name} is no parameter of this model" for name in sorted(saved - named.keys())]
+    wrong += [
+        f"{key}: shape {list(tensor.shape)} instead of {list(named[name].shape)}"
+        for key, tensor in tensors.items()
+        if (name := key.partition(_SEPARATOR)[0]) in named and tensor.shape != named[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(f"{folder / FILE} does not fit the model: {listed(wrong)}")
+    kinds = sorted({key.partition(_SEPARATOR)[2] for key in tensors})
+    if layout.engine is None:
+        optimizer = layout.optimizer.optimizer
+        for name, parameter in named.items():
+            state: dict[str, Any] = {k: tensors[name + _SEPARATOR + k].to(parameter.device) for k in kinds}
+            optimizer.state[parameter] = {"step": _step_tensor(optimizer, parameter, steps[name]), **state}
+    else:
+        _load_sharded(layout.engine.optimizer, named, tensors, steps, kinds, weights)
+
+
+def _load_sharded(
+    zero: Any,
+    named: dict[str, nn.Parameter],
+    tensors: dict[str, Tensor],
+    steps: dict[str, float],
+    kinds: list[str],
+    weights: dict[str, Tensor],
+) -> None:
+    """ZeRO makes its state at the first step: make it now, link it to the parameters, then fill it by name."""
+    step = next(iter(steps.values()))
+    for flat in zero.single_partition_of_fp32_groups:
+        filled = {kind: torch.zeros_like(flat) for kind in kinds}
+        zero.optimizer.state[flat] = {"step": _step_tensor(zero.optimizer, flat, step), **filled}
+    _link(zero)
+    for name, parameter in named.items():
+        value = weights[name].to(parameter.device)
+        parameter.set_full_hp_param(value)
+        with torch.no_grad():
+            parameter.copy_(value)  # the copy that the forward uses, rounded to its type
+        for kind in kinds:
+            parameter.set_full_hp_param(tensors[name + _SEPARATOR + kind].to(parameter.device), kind)
+
+
+def _link(zero: Any) -> None:
+    """Connect every parameter with its part of the flat state.
+
+    DeepSpeed (0.19.8) does so once, in the update of the first parameter group, when the state of the other groups
+    does not exist yet: their parameters would have none.
+    """
+    zero._hp_optimizer_states_linked = False
+    zero._lazy_init_hp_params_optimizer_state()
+
+
+def _step_tensor(optimizer: torch.optim.Optimizer, parameter: Tensor, step: float) -> Tensor:
+    # A fused optimizer counts on the parameter's device, the others on the CPU.
+    fused = optimizer.param_groups[0].get("fused")
+    return torch.tensor(step, dtype=torch.float32, device=parameter.device if fused else "cpu")
+
+
+def _read(path: Path) -> OptimizerState:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            steps = json.loads(file.metadata()["steps"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    return OptimizerState(tensors, steps)
