@@ -27,9 +27,31 @@ _PUBLIC = {
 }
 _MODULES = ("alignment", "config", "data", "errors", "evaluation", "manifest", "models", "track", "training")
 
-__all__ = ["__version__"]
-__all__ += _PUBLIC
-__all__ += _MODULES
+__all__ = [
+    "Batch",
+    "CheckFailed",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "MinilmError",
+    "Sum",
+    "__version__",
+    "align",
+    "alignment",
+    "config",
+    "data",
+    "errors",
+    "evaluation",
+    "from_labels",
+    "last",
+    "manifest",
+    "models",
+    "nll",
+    "score",
+    "score_hidden",
+    "track",
+    "training",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-
 # Test models are too small to profit from threads, and two workers of pytest-xdist share the machine.
 torch.set_num_threads(1)
 

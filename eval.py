@@ -1,0 +1,139 @@
+"""Score a checkpoint: loss, perplexity, bits per byte, continuations by prompt length, samples.
+
+    python eval.py --checkpoint runs/first
+    python eval.py --checkpoint runs/first --data held_out.jsonl --json scores.json
+    accelerate launch --num_processes 2 eval.py --checkpoint runs/first
+
+Without --data the store that the run was trained on is used. Rows of a store are scored exactly as training
+validates on them; texts of a file as whole documents, longer ones in rolling windows. The numbers do not
+depend on the number of processes or on --batch-rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from minilm import cli
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.parser(__doc__ or "", prog="eval.py")
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a run folder (its newest checkpoint) or a checkpoint",
+    )
+    add(
+        "--data",
+        metavar="PLACE",
+        help="a store, or texts as `minilm data build` reads them (jsonl, txt, folder)",
+    )
+    add("--split", default="validation", help="split of a store (default: validation)")
+    add(
+        "--sequence-length",
+        type=int,
+        metavar="N",
+        help="tokens of context (default: the run's, or the model's)",
+    )
+    add(
+        "--prompt-lengths",
+        type=_lengths,
+        metavar="16,64,128",
+        help="prompts, in tokens, to score continuations of",
+    )
+    add(
+        "--continuation-tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="tokens of a continuation (default: 64)",
+    )
+    add(
+        "--continuation-documents",
+        type=int,
+        default=512,
+        metavar="N",
+        help="documents for this (default: 512)",
+    )
+    add("--samples", type=int, default=3, metavar="N", help="samples to show (default: 3)")
+    add("--json", type=Path, metavar="FILE", help="write everything there")
+    add("--batch-rows", type=int, metavar="N", help="rows computed together; changes speed, not numbers")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the computation (default: fp32)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one")
+    add("--on-bad-line", choices=("error", "skip"), default="error", help="of a text file (default: error)")
+    arguments = parser.parse_args(argv)
+    return cli.guarded(lambda: run(arguments), debug=arguments.debug)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+    from accelerate import PartialState
+
+    from minilm.errors import ConfigError
+    from minilm.evaluation.heldout import How, open_held_out
+    from minilm.evaluation.mode import context_tokens
+    from minilm.evaluation.report import Asked, make_report, print_report
+    from minilm.run import load_checkpoint
+
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        raise ConfigError(f"--json: there is no folder {arguments.json.absolute().parent}.")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda was asked for, but torch sees no GPU here.")
+    if arguments.batch_rows is not None and arguments.batch_rows < 1:
+        raise ConfigError(f"--batch-rows is {arguments.batch_rows}; it must be at least 1.")
+    joined = torch.distributed.is_initialized()  # by the caller, who then also ends it
+    state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
+    try:
+        loaded = load_checkpoint(arguments.checkpoint, device=str(state.device))
+        of_run = None if loaded.config is None else loaded.config.data
+        data = arguments.data or (of_run and (of_run.validation_store or of_run.store))
+        if not data:
+            raise ConfigError(f"{loaded.folder} does not lie in a run folder: say what to score with --data.")
+        length = arguments.sequence_length
+        if length is None:
+            length = of_run.sequence_length if of_run else context_tokens(loaded.model)
+        report = make_report(
+            loaded.model,
+            loaded.tokenizer,
+            open_held_out(
+                data,
+                loaded.model,
+                loaded.tokenizer,
+                split=arguments.split,
+                sequence_length=length,
+                rows=of_run.rows if of_run else "packed",
+                skip_bad=arguments.on_bad_line == "skip",
+            ),
+            Asked(
+                prompt_lengths=arguments.prompt_lengths,
+                continuation_tokens=arguments.continuation_tokens,
+                continuation_documents=arguments.continuation_documents,
+                samples=arguments.samples,
+            ),
+            How(arguments.batch_rows, arguments.precision, progress=state.is_main_process),
+            about={"checkpoint": str(loaded.folder), "step": loaded.step, "device": str(state.device)},
+        )
+        if state.is_main_process:
+            print_report(report)
+            if arguments.json:
+                report.write(arguments.json)
+                print(f"wrote {arguments.json}", file=sys.stderr)
+    finally:
+        if not joined:
+            state.destroy_process_group()
+    return 0
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 16,64,128") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

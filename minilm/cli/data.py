@@ -1,0 +1,238 @@
+"""`minilm data`: build a store of tokens, look into it, see what will be trained on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from minilm.errors import ConfigError, DataError
+
+_SOURCES = """\
+SOURCE is a place of documents:
+  corpus.jsonl[.gz|.zst]       JSON Lines, the text in the field `text`
+  corpus.parquet               the text in the column `text`
+  docs/  'docs/**/*.md'        text files (and the kinds above), one text a document
+  hf:NAME[:CONFIG[:SPLIT]]     a Hugging Face data set, by name (streamed) or a local folder
+  builtin:python               documentation and source text of Python's standard library (10 MB);
+                               builtin:python-docs and builtin:python-source are its parts
+  synthetic:markov?vocab=256&branching=4&documents=1000&length=1024&seed=0
+                               token ids of known entropy, without a tokenizer
+with options behind commas: wiki.jsonl,weight=2,field=content,name=wiki
+  weight=2      passes over this source per epoch        field=content  where the text is
+  name=wiki     its name in the store                    suffixes=.tex  more suffixes of text files
+"""
+
+_BUILD = f"""\
+Turn sources into a store: token ids on disk with a manifest of counts and checksums.
+
+{_SOURCES}
+Exact duplicates are dropped over all sources. A hash of its content decides whether a document is
+held out for validation, so its place and the other documents have no say in it. A store that is
+already there, built from the same files with the same settings, is used as it is; a killed build
+goes on where it stopped.
+
+  minilm data build --source builtin:python --tokenizer tokenizers/python --out stores/python
+  minilm data build --source wiki.jsonl.gz --source books/,weight=2 --tokenizer DIR --out stores/mix
+"""
+
+_SHOW = """\
+Show rows as they are trained on: text with document borders, then input -> target of each position.
+PATH is a store, a settings file or a run folder; of the latter two the data section, the batch size
+and the seed are used, so that step 0 is the first step of that run.
+
+  minilm data show stores/python
+  minilm data show config.yaml --step 100 --rows 2 --positions 20
+"""
+
+
+def add(subparsers: argparse._SubParsersAction) -> None:
+    """Add this command to those of `minilm`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    data = subparsers.add_parser(
+        "data",
+        help="build a store of tokens, look into it, see rows as they are trained on",
+        description=__doc__,
+    )
+    commands = data.add_subparsers(metavar="COMMAND", required=True)
+
+    build = commands.add_parser("build", help="sources to a store", description=_BUILD, formatter_class=raw)
+    build.add_argument(
+        "--source", action="append", required=True, metavar="SOURCE", help="may be given several times"
+    )
+    build.add_argument("--out", required=True, metavar="DIR", help="folder of the store")
+    build.add_argument(
+        "--tokenizer", metavar="DIR", help="tokenizer folder, or hf:NAME; none for synthetic sources"
+    )
+    build.add_argument(
+        "--validation-source", action="append", default=[], metavar="SOURCE", help="held out as a whole"
+    )
+    build.add_argument(
+        "--validation-fraction",
+        type=float,
+        metavar="F",
+        help="share held out (default: 0.01 to 0.1, the least that gives 500 kB; 0 with --validation-source)",
+    )
+    build.add_argument(
+        "--on-bad-line",
+        choices=("error", "skip"),
+        default="error",
+        help="a line that is no document: stop (default), or count it, list it and go on",
+    )
+    build.add_argument("--force", action="store_true", help="replace another store of this name")
+    build.set_defaults(run=_build)
+
+    info = commands.add_parser("info", help="counts, tokenizer and state of a store")
+    info.add_argument("store", metavar="STORE")
+    info.add_argument(
+        "--verify", action="store_true", help="compare the checksums of all files, however large"
+    )
+    info.set_defaults(run=_info)
+
+    show = commands.add_parser(
+        "show", help="rows as they are trained on", description=_SHOW, formatter_class=raw
+    )
+    show.add_argument("path", metavar="PATH", help="store, settings file or run folder")
+    show.add_argument("--step", type=int, default=0, help="optimizer step whose batch is shown (default 0)")
+    show.add_argument("--rows", type=int, default=2, help="rows shown (default 2)")
+    show.add_argument(
+        "--positions", type=int, default=12, help="positions listed per row (default 12; 0: none)"
+    )
+    show.add_argument("--split", choices=("train", "validation"), default="train")
+    show.add_argument("--sequence-length", type=int, help="of a store: tokens per row (default 512)")
+    show.add_argument("--row-kind", choices=("packed", "document"), help="of a store: default packed")
+    show.set_defaults(run=_show)
+
+
+def _build(args: argparse.Namespace) -> None:
+    from minilm.data.build import build
+    from minilm.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
+    try:
+        built = build(
+            args.out,
+            args.source,
+            tokenizer,
+            validation_sources=args.validation_source,
+            validation_fraction=args.validation_fraction,
+            on_bad_line=args.on_bad_line,
+            force=args.force,
+        )
+    except KeyboardInterrupt:
+        print("\nThe same command goes on from here.", file=sys.stderr)
+        raise
+    if built.reused:
+        print(
+            f"{built.store.path} is there already, from the same sources with the same settings: nothing to do."
+        )
+    else:
+        how = "finished a killed build" if built.resumed else "built"
+        print(f"{how} in {built.seconds:.1f} s: {built.store.path}")
+    _describe(built.store.manifest)
+
+
+def _info(args: argparse.Namespace) -> None:
+    from minilm.data.store import Store
+
+    store = Store.open(args.store, verify=True if args.verify else None)
+    made = store.manifest["tokenizer"]
+    print(f"{store.path}   fingerprint {store.fingerprint}")
+    if made:
+        print(f"tokenizer {made['name']}, {made['num_tokens']} tokens, fingerprint {made['fingerprint']}")
+    else:
+        print(f"token ids without a tokenizer, vocabulary {store.vocab_size}")
+    _describe(store.manifest)
+    if args.verify:
+        print("all checksums are right")
+
+
+def _describe(manifest: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("split", "source", "weight", "documents", "tokens", "bytes", "bytes/token"):
+        table.add_column(name, justify="left" if name in ("split", "source") else "right")
+    for split, counts in manifest["splits"].items():
+        for source, c in counts["sources"].items():
+            if c["documents"]:
+                weight = f"{manifest['sources'][source]['weight']:g}"
+                ratio = f"{c['bytes'] / c['tokens']:.2f}" if c["bytes"] else ""
+                numbers = (f"{c[key]:,}" for key in ("documents", "tokens", "bytes"))
+                table.add_row(split, source, weight, *numbers, ratio)
+    Console().print(table)
+    if manifest["duplicates"]["count"]:
+        print(f"{manifest['duplicates']['count']} duplicates dropped")
+    bad = manifest["bad"]
+    if bad["count"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in bad["reasons"].items())
+        print(f"{bad['count']} bad documents passed over ({reasons}); the first:")
+        for line in bad["first"]:
+            print(f"  {line}")
+    if manifest["synthetic"]:
+        known = manifest["synthetic"]
+        print(
+            f"entropy rate {known['rate_nats']:.6f} nats per token; the chain itself gets on these very tokens:"
+        )
+        for split in manifest["splits"]:
+            if known[split]["targets"]:
+                print(f"  {split} {known[split]['nats'] / known[split]['targets']:.6f}")
+
+
+def _show(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from minilm.data.loader import DataConfig, Loader, open_data
+    from minilm.data.show import show
+    from minilm.data.store import MANIFEST
+
+    path = Path(args.path)
+    if args.rows < 1 or args.positions < 0 or args.step < 0:
+        raise ConfigError("--rows must be at least 1, --positions and --step at least 0.")
+    own = {"sequence_length": args.sequence_length, "rows": args.row_kind}
+    given = {key: value for key, value in own.items() if value is not None}
+    if _is_store(path / MANIFEST):
+        config, batch_rows, seed = DataConfig(store=str(path), **given), None, 0
+    elif path.exists():
+        from minilm.run import load_config
+
+        if given:
+            raise ConfigError(
+                f"{path} says how rows are made: --sequence-length and --row-kind are for stores."
+            )
+        settings = load_config(path).value
+        config, batch_rows, seed = settings.data, settings.train.batch_size, settings.train.seed
+    else:
+        raise DataError(f"There is no {path}: name a store, a settings file or a run folder.")
+    data = open_data(config)
+    rows = data.train if args.split == "train" else data.validation
+    if rows is None:
+        raise DataError(f"The store {config.store} has no validation documents.")
+    if args.split == "validation" or batch_rows is None:
+        batch_rows = min(args.rows, rows.rows_per_epoch)
+    loader = Loader(rows, batch_rows=batch_rows, micro_batch=batch_rows, seed=seed, prefetch=0)
+    where = loader.where(args.step)
+    title = f"{config.store}, {args.split}, step {args.step} (epoch {where.epoch}), {rows.kind} rows of "
+    title += f"{rows.sequence_length} positions, {batch_rows} in this batch"
+    show(
+        Console(),
+        title,
+        loader.step(args.step),
+        where.rows,
+        data.tokenizer,
+        num_rows=args.rows,
+        num_positions=args.positions,
+    )
+
+
+def _is_store(manifest: Path) -> bool:
+    """A run folder has a manifest.json too, of another kind."""
+    import json
+
+    from minilm.data.store import FORMAT
+
+    try:
+        return json.loads(manifest.read_bytes()).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
