@@ -23,6 +23,7 @@ from minilm.training import checkpoint, optim
 from minilm.training.layout import Layout
 from minilm.training.objective import Objective
 from minilm.training.trainer import Outcome, Trainer, exit_code
+from minilm.training.watch import LayerNorms
 
 SAMPLES = "samples.md"
 
@@ -83,6 +84,7 @@ def _train(layout: Layout, resolved: Resolved[RunConfig], resume: bool) -> int:
                 f"{config.run_folder} is finished: {found.folder.name} of {num_steps} steps.", file=sys.stderr
             )
         return 0
+    length = config.data.sequence_length
     # Dropout must differ between ranks; the weights are the same on all, they were drawn before.
     torch.manual_seed(config.train.seed * 100_003 + layout.rank + 1)
     with Books(config, resolved.origins, layout, data, step=found.step if found else 0) as books:
@@ -97,6 +99,8 @@ def _train(layout: Layout, resolved: Resolved[RunConfig], resume: bool) -> int:
             validate=_validation(config, layout, data),
             sample=_sampling(config, layout, data),
             save_tokenizer=data.tokenizer.save if data.tokenizer else None,
+            watchers=[LayerNorms(config.train.norms_every)] if config.train.norms_every else [],
+            flops_per_step=config.train.batch_size * length * config.model.training_flops_per_token(length),
         )
         books.announce(loader, trainer)
         with loader:

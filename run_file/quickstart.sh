@@ -16,7 +16,7 @@ run=${QUICKSTART_RUN:-quickstart}
 data=data/quickstart
 echo "== corpus and tokenizer ($device)"
 minilm tokenizer train --source builtin:python --vocab-size 6400 --out "$data/tokenizer"
-minilm data build --source builtin:python --tokenizer "$data/tokenizer" --validation-fraction 0.03 --out "$data/store"
+minilm data build --source builtin:python --tokenizer "$data/tokenizer" --out "$data/store"
 
 echo "== training"
 python train.py --config "run_file/quickstart_$device.yaml" --run.name="$run" --resume "$@"
@@ -25,7 +25,7 @@ echo "== evaluation"
 python eval.py --checkpoint "runs/$run" --samples 2 --json "runs/$run/evaluation.json"
 
 echo "== text"
-minilm generate --checkpoint "runs/$run" --prompt "Return the " --max-new-tokens 80 --temperature 0.7 --seed 1
+minilm generate --checkpoint "runs/$run" --prompt "Return the" --max-new-tokens 80 --temperature 0.7 --seed 1
 
 cat <<END
 

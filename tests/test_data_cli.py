@@ -138,6 +138,19 @@ def test_shown_rows_are_the_batch_itself(tmp_path: Path) -> None:
     assert first[1:3] == ["1", "<|bos|>"] and first[4] == str(int(batch.targets[0, 0]))
 
 
+def test_validation_is_shown_in_the_order_of_the_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store_of(tmp_path / "s", {"a": [[1, 2]]}, validation={"a": [[11, 12, 13, 14, 15, 16]]})
+    words = ("data", "show", tmp_path / "s", "--split", "validation", "--sequence-length", 2, "--rows", 2)
+    assert run(*words) == 0
+    shown = capsys.readouterr().out
+    assert "row 0: a document 0 · 2 targets" in shown and "┃[13 ]14 15" in shown
+    assert run(*words, "--step", 1) == 0
+    assert "row 2: a document 0 · 1 targets" in capsys.readouterr().out
+    assert run(*words, "--step", 2) == 2
+
+
 def test_token_ids_are_shown_where_there_is_no_tokenizer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

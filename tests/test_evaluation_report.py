@@ -18,8 +18,10 @@ from evaluation_checkpoint import make_run
 from evaluation_reference import log_probabilities, row_logits, slow_generate, token_losses
 
 from minilm.alignment import Sum
+from minilm.data.build import build
 from minilm.data.loader import validation_batches
 from minilm.data.rows import Rows
+from minilm.data.store import Store
 from minilm.errors import CheckFailed, ConfigError, DataError
 from minilm.evaluation.heldout import How, StoreSplit, TextFile, open_held_out
 from minilm.evaluation.intervals import Scores, bootstrap
@@ -303,3 +305,23 @@ def test_no_number_of_the_table_is_cut_off_in_a_narrow_place(monkeypatch, capsys
     shown = capsys.readouterr().out
     assert "…" not in shown and "x" * 90 in shown
     assert shown.count("123,456,789,012") == shown.count("12,345,678") == shown.count("84,120.04") == 2
+
+
+def test_documents_of_several_sources_are_told_apart(made, tmp_path):
+    for name, texts in (("a", made.texts[:15]), ("b", made.texts[15:40])):
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines), "utf-8")
+    places = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    build(
+        tmp_path / "store", places[:1], made.tokenizer, validation_sources=places[1:], validation_fraction=0.5
+    )
+    store = Store.open(tmp_path / "store")
+    shards = store.shards("validation")
+    assert len(shards) == 2
+    rows = Rows(store, "validation", 20)
+    split = StoreSplit(rows, made.tokenizer, made.model)
+    scores = split.scores(made.model, How())
+    assert scores.num_documents == split.num_documents == sum(s.num_documents for s in shards)
+    assert scores.num_tokens == rows.num_targets
+    every = [s.document(n)[:5].tolist() for s in shards for n in range(s.num_documents)]
+    assert split.token_documents(range(len(every)), 5) == every

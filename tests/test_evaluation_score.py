@@ -202,6 +202,7 @@ def test_a_document_without_a_predicted_token_is_excluded_and_counted(model):
 
     found = documents(model, NoBos(), ["", "ab", ""], 16)
     assert (found.num_documents, found.num_excluded, found.num_tokens) == (1, 2, 2)
+    assert found.num_bytes == 2, "a first token is not predicted, so its bytes do not count either"
 
 
 def test_without_byte_lengths_there_are_no_bits_per_byte(model, tokenizer):

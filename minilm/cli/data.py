@@ -93,7 +93,7 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         "show", help="rows as they are trained on", description=_SHOW, formatter_class=raw
     )
     show.add_argument("path", metavar="PATH", help="store, settings file or run folder")
-    show.add_argument("--step", type=int, default=0, help="optimizer step whose batch is shown (default 0)")
+    show.add_argument("--step", type=int, default=0, help="step whose batch is shown (default 0)")
     show.add_argument("--rows", type=int, default=2, help="rows shown (default 2)")
     show.add_argument(
         "--positions", type=int, default=12, help="positions listed per row (default 12; 0: none)"
@@ -181,9 +181,12 @@ def _describe(manifest: dict) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
+    from itertools import islice
+
+    import numpy as np
     from rich.console import Console
 
-    from minilm.data.loader import DataConfig, Loader, open_data
+    from minilm.data.loader import DataConfig, Loader, open_data, validation_batches
     from minilm.data.show import show
     from minilm.data.store import MANIFEST
 
@@ -203,23 +206,39 @@ def _show(args: argparse.Namespace) -> None:
             )
         settings = load_config(path).value
         config, batch_rows, seed = settings.data, settings.train.batch_size, settings.train.seed
+    elif path.with_name(path.name + ".building").exists():
+        raise DataError(
+            f"The build of the store {path} did not end: run its `minilm data build` again to go on."
+        )
     else:
         raise DataError(f"There is no {path}: name a store, a settings file or a run folder.")
     data = open_data(config)
-    rows = data.train if args.split == "train" else data.validation
-    if rows is None:
-        raise DataError(f"The store {config.store} has no validation documents.")
-    if args.split == "validation" or batch_rows is None:
-        batch_rows = min(args.rows, rows.rows_per_epoch)
-    loader = Loader(rows, batch_rows=batch_rows, micro_batch=batch_rows, seed=seed, prefetch=0)
-    where = loader.where(args.step)
-    title = f"{config.store}, {args.split}, step {args.step} (epoch {where.epoch}), {rows.kind} rows of "
-    title += f"{rows.sequence_length} positions, {batch_rows} in this batch"
+    title = f"{config.store}, {args.split}"
+    if args.split == "train":
+        rows = data.train
+        batch_rows = batch_rows or min(args.rows, rows.rows_per_epoch)
+        loader = Loader(rows, batch_rows=batch_rows, micro_batch=batch_rows, seed=seed, prefetch=0)
+        batches, where = loader.step(args.step), loader.where(args.step)
+        places, title = (
+            where.rows,
+            f"{title}, step {args.step} (epoch {where.epoch}), {batch_rows} rows in this batch",
+        )
+    else:  # validation goes through all rows in the order of the disk
+        rows = data.validation
+        if rows is None:
+            raise DataError(f"The store {config.store} has no validation documents.")
+        batches = list(islice(validation_batches(rows, args.rows), args.step, args.step + 1))
+        if not batches:
+            raise ConfigError(
+                f"--step {args.step}: the validation split has {len(rows)} rows, {args.rows} are shown a step."
+            )
+        first = args.step * args.rows
+        places = rows.places(np.arange(first, first + batches[0].shape[0]))
     show(
         Console(),
-        title,
-        loader.step(args.step),
-        where.rows,
+        f"{title}: {rows.kind} rows of {rows.sequence_length} positions",
+        batches,
+        places,
         data.tokenizer,
         num_rows=args.rows,
         num_positions=args.positions,

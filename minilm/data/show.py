@@ -17,6 +17,7 @@ from minilm.data.tokenizer import Tokenizer
 
 _COLOURS = ("cyan", "yellow", "green", "magenta")  # of the documents of a row, in turn
 _CONTEXT = "dim"
+_WIDEST_TOKEN = 12  # characters; so that the table fits into 80 columns
 
 
 def row_text(batch: Batch, row: int, tokenizer: Tokenizer | None) -> Text:
@@ -54,11 +55,12 @@ def row_text(batch: Batch, row: int, tokenizer: Tokenizer | None) -> Text:
 
 
 def row_table(batch: Batch, row: int, tokenizer: Tokenizer | None, num_positions: int) -> Table:
-    """The first positions of a row, each with what the model is given and what it must predict."""
+    """The first positions of a row: what the model is given there, what it must predict, does it count, the number
+    of the document in the row, and the place in that document."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, justify in (
         ("position", "right"), ("input", "left"), ("", "left"), ("target", "left"),
-        ("weight", "right"), ("segment", "right"), ("in document", "right"),
+        ("weight", "right"), ("segment", "right"), ("place", "right"),
     ):  # fmt: skip
         table.add_column(name, justify=justify, no_wrap=True)
     for i in range(min(num_positions, batch.inputs.shape[1])):
@@ -119,4 +121,5 @@ def _token(token: int, tokenizer: Tokenizer | None) -> str:
     text = tokenizer.decode([token])
     if "\ufffd" in text:
         text = tokenizer.token_name(token)
-    return f"{token:>6} {text!r}"
+    shown = repr(text)
+    return f"{token:>6} {shown if len(shown) <= _WIDEST_TOKEN else shown[: _WIDEST_TOKEN - 1] + '…'}"

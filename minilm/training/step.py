@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,9 +72,16 @@ class Stopwatch:
         return parts
 
 
-def optimizer_step(layout: Layout, micro_batches: Sequence[Batch], *, stop: bool = False) -> StepResult:
+def optimizer_step(
+    layout: Layout,
+    micro_batches: Sequence[Batch],
+    *,
+    stop: bool = False,
+    before_update: Callable[[], None] | None = None,
+) -> StepResult:
     """Forward and backward over this rank's micro-batches, one clip, one update. Collective.
 
+    before_update is called when the whole gradient is there, before it is clipped.
     Raises DataError for a global batch without a single target and NonFinite, before the update, for a loss
     or gradient that is not finite.
     """
@@ -106,6 +113,8 @@ def optimizer_step(layout: Layout, micro_batches: Sequence[Batch], *, stop: bool
     norm = layout.gradient_norm()
     if not (math.isfinite(loss.mean) and _is_norm(float(norm))):
         raise NonFinite(loss, float(norm))
+    if before_update is not None:
+        before_update()
     layout.step(norm)
     watch.lap("optimizer")
     return StepResult(

@@ -7,7 +7,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -19,8 +19,10 @@ from pydantic import Field
 from minilm.alignment import Batch, Sum
 from minilm.errors import CheckpointError
 from minilm.training import checkpoint, optim
+from minilm.training.hardware import peak_flops
 from minilm.training.layout import Asked, Layout
 from minilm.training.step import NonFinite, StepResult, optimizer_step
+from minilm.training.watch import StepView, Watcher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,10 @@ class TrainConfig:
         int | None, Field(gt=0, description="steps between checkpoints; none: at the end")
     ] = 500
     keep_last: Annotated[int, Field(gt=0, description="checkpoints kept besides the best one")] = 2
+    norms_every: Annotated[
+        int | None,
+        Field(gt=0, description="steps between norms of gradient, weights and update per layer; none: never"),
+    ] = None
     keep_best: Annotated[
         bool, Field(description="also keep the checkpoint with the lowest validation loss")
     ] = True
@@ -128,7 +134,8 @@ class Trainer:
     """Runs steps from where the run stands to its last one.
 
     validate() -> Sum over the validation rows, on all ranks; sample(step) -> samples, on the first rank only.
-    Both leave training mode and random states as they found them.
+    Both leave training mode and random states as they found them. flops_per_step: of all ranks together, forward
+    and backward; with it and a known device the log has the share of the hardware's peak (mfu).
     """
 
     def __init__(
@@ -144,12 +151,16 @@ class Trainer:
         validate: Callable[[], Sum] | None,
         sample: Callable[[int], list[dict[str, Any]]] | None,
         save_tokenizer: Callable[[Path], object] | None,
+        watchers: Sequence[Watcher] = (),
+        flops_per_step: float | None = None,
     ) -> None:
         self.config, self.rates, self.layout, self.loader = config, rates, layout, loader
         self.checkpoints = run_folder / "checkpoints"
         self.log, self.progress = log, progress
         self.validate, self.sample, self.save_tokenizer = validate, sample, save_tokenizer
         self.num_steps = config.num_steps(loader.steps_per_epoch)
+        self.watchers, self.flops_per_step = watchers, flops_per_step
+        self.peak_flops = peak_flops(layout.device, bf16=layout.bf16)
         self.step = 0
         self.total_tokens = 0
         self.last_validation: tuple[int, Sum] | None = None
@@ -210,8 +221,17 @@ class Trainer:
         optimizer = self.layout.optimizer
         optim.set_rate(optimizer, optim.rate_at(self.rates, self.step, self.num_steps))
         rate = optim.rate_of(optimizer)
+        view = StepView(self.step + 1, self.layout, micro_batches)
+        watching = [watcher for watcher in self.watchers if watcher.wants(view.step)]
+
+        def before_update() -> None:
+            for watcher in watching:
+                watcher.before_update(view)
+
         try:
-            result = optimizer_step(self.layout, micro_batches, stop=self._signal is not None)
+            result = optimizer_step(
+                self.layout, micro_batches, stop=self._signal is not None, before_update=before_update
+            )
         except NonFinite as bad:  # shown as it is, then the run stops
             values = {"loss": bad.loss.mean, "gradient_norm": bad.gradient_norm, "learning_rate": rate}
             self.log.log("train", self.step + 1, values)
@@ -234,6 +254,10 @@ class Trainer:
             **{f"seconds/{part}": value for part, value in result.seconds.items()},
             **_memory(self.layout.device),
         }
+        if self.flops_per_step is not None and self.peak_flops is not None:
+            stats["mfu"] = self.flops_per_step / seconds / (self.peak_flops * self.layout.world_size)
+        for watcher in watching:
+            stats |= watcher.after_step(view, stats)
         self.log.log("train", self.step, stats)
         self.progress.update(self.step, stats)
         return result
