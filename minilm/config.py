@@ -125,7 +125,8 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def dump(config: Any) -> str:
     """YAML that `resolve` reads back to the same settings."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def describe(section: type, name: str) -> Iterator[tuple[str, str, str, str]]:

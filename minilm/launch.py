@@ -17,6 +17,7 @@ from minilm.data.loader import Data, Loader, open_data, validation_batches
 from minilm.errors import ConfigError
 from minilm.evaluation.generate import generate
 from minilm.evaluation.score import evaluate
+from minilm.evaluation.text import byte_lengths_of
 from minilm.models import folder as model_folder
 from minilm.run import CONFIG, RunConfig, load_config, with_vocabulary
 from minilm.training import checkpoint, optim
@@ -164,7 +165,7 @@ def _validation(config: RunConfig, layout: Layout, data: Data) -> Callable[[], S
     rows = data.validation
     if rows is None:
         return None
-    lengths = data.tokenizer.byte_lengths if data.tokenizer and data.tokenizer.lossless else None
+    lengths = byte_lengths_of(data.tokenizer) if data.tokenizer else None
 
     def validate() -> Sum:
         batches = validation_batches(

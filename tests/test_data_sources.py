@@ -279,11 +279,7 @@ def test_no_docstring_is_given_twice(library: list[tuple[str, str]]) -> None:
     blocks = [b for text, where in library if where.endswith("(documentation)") for b in text.split("\n\n")]
     twice = "    Internal: raise an AssertionError"
     assert len(blocks) > 1000 and sum(b.startswith(twice) for b in blocks) <= 1
-    headed = [
-        (h, d)
-        for h, d in itertools.pairwise(blocks)
-        if not h.startswith(" ") and d.startswith(" ")
-    ]
+    headed = [(h, d) for h, d in itertools.pairwise(blocks) if not h.startswith(" ") and d.startswith(" ")]
     assert len(headed) == len(set(headed))
 
 

@@ -76,10 +76,16 @@ def run_here(folder: Path, store: Path, *, name: str = "run", resume: bool = Fal
 
 
 def launched(
-    arguments: list[str], *, launcher: str | None = None, timeout: int = 240
+    arguments: list[str], *, launcher: str | None = None, timeout: int = 300
 ) -> subprocess.CompletedProcess[str]:
     """`train.py` as users start it: by python, or by accelerate with one of our launcher files."""
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return launched_script(ROOT / "train.py", arguments, launcher=launcher, timeout=timeout)
+
+
+def launched_script(
+    script: Path, arguments: list[str], *, launcher: str | None = None, timeout: int = 300
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(script), *arguments]
     if launcher is not None:
         accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
         port = str(20_000 + os.getpid() % 20_000)
