@@ -30,7 +30,7 @@ from minilm.models.base import ModelConfig
 from minilm.track import TrackConfig
 from minilm.training import checkpoint
 from minilm.training.optim import OptimConfig
-from minilm.training.trainer import TrainConfig
+from minilm.training.settings import TrainConfig
 
 CONFIG = "config.yaml"
 

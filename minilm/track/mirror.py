@@ -281,6 +281,7 @@ def _clean(text: str) -> str:
 
 
 def main(options_path: str) -> int:
+    """Mirror the run of an options file (see dashboard.py) until its training says that it has ended."""
     options = json.loads(Path(options_path).read_text(encoding="utf-8"))
     # Keep the two pipes for ourselves: SwanLab may read stdin (a question) and write to stdout.
     commands, reports = os.dup(0), Reports(os.dup(1))

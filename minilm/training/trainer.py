@@ -3,120 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Literal
 
 import psutil
 import torch
-from pydantic import Field
 
-from minilm.alignment import Batch, Sum
+from minilm.alignment import Sum
 from minilm.errors import CheckpointError
 from minilm.training import checkpoint, optim
 from minilm.training.hardware import peak_flops
-from minilm.training.layout import Asked, Layout
+from minilm.training.layout import Layout
+from minilm.training.settings import Batches, Log, Progress, TrainConfig
 from minilm.training.step import NonFinite, StepResult, optimizer_step
 from minilm.training.watch import StepView, Watcher
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Section `train`."""
-
-    steps: Annotated[int | None, Field(gt=0, description="optimizer steps; none: as train.epochs says")] = (
-        None
-    )
-    epochs: Annotated[
-        float | None, Field(gt=0, description="passes over the data; none: as train.steps says")
-    ] = None
-    batch_size: Annotated[
-        int, Field(gt=0, description="rows per optimizer step, over all ranks and micro-batches together")
-    ] = 32
-    micro_batch: Annotated[
-        int | None,
-        Field(gt=0, description="rows per forward on one rank; none: all rows of the rank at once"),
-    ] = None
-    precision: Annotated[
-        Literal["auto", "bf16", "fp32"],
-        Field(description="auto: bf16 on CUDA or if the launcher says so, else fp32"),
-    ] = "auto"
-    device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="auto: CUDA if there is one")] = (
-        "auto"
-    )
-    ranks: Annotated[
-        int | None, Field(gt=0, description="processes that must take part; none: as launched")
-    ] = None
-    seed: Annotated[
-        int, Field(ge=0, description="of the initial weights, the order of the data and dropout")
-    ] = 0
-    validate_every: Annotated[
-        int | None, Field(gt=0, description="steps between validations; none: with each save")
-    ] = 100
-    validation_rows: Annotated[
-        int | None,
-        Field(gt=0, description="rows of the validation split that are scored, spread evenly; none: all"),
-    ] = 512
-    sample_every: Annotated[
-        int | None, Field(gt=0, description="steps between text samples; none: at the end")
-    ] = None
-    save_every: Annotated[
-        int | None, Field(gt=0, description="steps between checkpoints; none: at the end")
-    ] = 500
-    keep_last: Annotated[int, Field(gt=0, description="checkpoints kept besides the best one")] = 2
-    norms_every: Annotated[
-        int | None,
-        Field(gt=0, description="steps between norms of gradient, weights and update per layer; none: never"),
-    ] = None
-    keep_best: Annotated[
-        bool, Field(description="also keep the checkpoint with the lowest validation loss")
-    ] = True
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """Contradictions between these settings."""
-        if (self.steps is None) == (self.epochs is None):
-            both = "both are given" if self.steps is not None else "neither is given"
-            yield "steps", f"exactly one of train.steps and train.epochs decides how long the run is; {both}."
-
-    def num_steps(self, steps_per_epoch: int) -> int:
-        """How long the run is, in optimizer steps."""
-        return self.steps or math.ceil((self.epochs or 0) * steps_per_epoch)
-
-    def asked(self, clip_norm: float | None) -> Asked:
-        return Asked(self.batch_size, self.micro_batch, self.precision, self.device, clip_norm, self.ranks)
-
-
-class Batches(Protocol):
-    """What the trainer needs of a loader (minilm.data.loader.Loader)."""
-
-    steps_per_epoch: int
-
-    def __next__(self) -> list[Batch]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Log(Protocol):
-    """What the trainer needs of a tracker (minilm.track.Tracker). Only the first rank has one that writes."""
-
-    def log(self, kind: str, step: int, values: dict[str, Any]) -> None: ...
-    def sample(self, step: int, samples: list[dict[str, Any]]) -> None: ...
-    def event(self, step: int, text: str, **values: Any) -> None: ...
-    def sync(self) -> None: ...
-    def resume_at(self, step: int) -> None: ...
-
-
-class Progress(Protocol):
-    """What the trainer needs of a console (minilm.track.Console)."""
-
-    def start(self, total_steps: int, initial: int) -> None: ...
-    def update(self, step: int, stats: dict[str, Any]) -> None: ...
-    def message(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
