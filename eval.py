@@ -28,6 +28,12 @@ def main(argv: list[str]) -> int:
         help="a run folder (its newest checkpoint) or a checkpoint",
     )
     add(
+        "--weights",
+        choices=("last", "ema"),
+        default="last",
+        help="those of the last step, or their moving average (train.ema_decay); default: last",
+    )
+    add(
         "--data",
         metavar="PLACE",
         help="a store, or texts as `minilm data build` reads them (jsonl, txt, folder)",
@@ -88,11 +94,13 @@ def run(arguments: argparse.Namespace) -> int:
     joined = torch.distributed.is_initialized()  # by the caller, who then also ends it
     state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
     try:
-        loaded = load_checkpoint(arguments.checkpoint, device=str(state.device))
+        loaded = load_checkpoint(arguments.checkpoint, device=str(state.device), weights=arguments.weights)
         of_run = None if loaded.config is None else loaded.config.data
         data = arguments.data or (of_run and (of_run.validation_store or of_run.store))
         if not data:
             raise ConfigError(f"{loaded.folder} does not lie in a run folder: say what to score with --data.")
+        if not arguments.data and of_run and not of_run.validation_store:
+            _refuse_another_store(of_run.store, loaded.store_fingerprint)
         length = arguments.sequence_length
         if length is None:
             length = of_run.sequence_length if of_run else context_tokens(loaded.model)
@@ -115,7 +123,12 @@ def run(arguments: argparse.Namespace) -> int:
                 samples=arguments.samples,
             ),
             How(arguments.batch_rows, arguments.precision, progress=state.is_main_process),
-            about={"checkpoint": str(loaded.folder), "step": loaded.step, "device": str(state.device)},
+            about={
+                "checkpoint": str(loaded.folder),
+                "step": loaded.step,
+                "weights": arguments.weights,
+                "device": str(state.device),
+            },
         )
         if state.is_main_process:
             print_report(report)
@@ -126,6 +139,18 @@ def run(arguments: argparse.Namespace) -> int:
         if not joined:
             state.destroy_process_group()
     return 0
+
+
+def _refuse_another_store(store: str, fingerprint: str) -> None:
+    """Held-out documents of a store that was rebuilt may have been trained on."""
+    from minilm.data.store import Store
+    from minilm.errors import DataError
+
+    if Store.open(store).fingerprint != fingerprint:
+        raise DataError(
+            f"{store} is not the store that the checkpoint was trained on: it was built again with other documents or "
+            "settings, and what it holds out may be what was learnt. Name it with --data to score it all the same."
+        )
 
 
 def _lengths(text: str) -> list[int]:

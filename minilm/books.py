@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,6 +103,14 @@ class Books:
         results = {}
         if self.outcome is not None:
             results = {"loss": self.outcome.loss, "validation_loss": self.outcome.validation_loss}
-        tracker.close(state, reason)
-        record.finish(state, step=self.outcome.step if self.outcome else None, error=reason, results=results)
-        console.close()
+        step = self.outcome.step if self.outcome else None
+        try:
+            with contextlib.ExitStack() as last:  # each is done, whatever becomes of the others
+                last.callback(console.close)
+                last.callback(record.finish, state, step=step, error=reason, results=results)
+                last.callback(tracker.close, state, reason)
+        except (MinilmError, OSError) as problem:
+            if error is None:
+                raise
+            # The full disk that ended the run refuses its last lines, too: the user must read what came first.
+            print(f"the run's last lines could not be written: {problem}", file=sys.stderr)

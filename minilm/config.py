@@ -177,6 +177,8 @@ def _from_file(file: Path) -> Iterator[tuple[str, Any, str]]:
         raise ConfigError(
             f"{file} must consist of sections (`train:`, `optim:`, ...) with settings under each."
         )
+    for problem in _repeated(file, node):
+        raise ConfigError(problem)
     for section_node, body in node.value:
         section, where = str(section_node.value), f"{file}:{section_node.start_mark.line + 1}"
         if body.tag == "tag:yaml.org,2002:null":
@@ -186,6 +188,21 @@ def _from_file(file: Path) -> Iterator[tuple[str, Any, str]]:
             continue
         for key, _ in body.value:
             yield f"{section}.{key.value}", content[section][key.value], f"{file}:{key.start_mark.line + 1}"
+
+
+def _repeated(file: Path, node: yaml.Node) -> Iterator[str]:
+    """Keys given twice, of which YAML would silently take the last, and merge keys, whose origin would be lost."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if key.tag == "tag:yaml.org,2002:merge":
+            yield f"{file}:{line}: merge keys (<<) are not supported: write the settings out."
+        if str(key.value) in seen:
+            yield f"{file}:{line}: {key.value} was given before, in line {seen[str(key.value)]}. Give it once."
+        seen[str(key.value)] = line
+        yield from _repeated(file, value)
 
 
 def _put(
@@ -224,6 +241,9 @@ def _section(
     hints = typing.get_type_hints(section)
     fields = {field.name for field in dataclasses.fields(section)}
     problems.extend(_unknown(f"{name}.{key}", origins, known) for key in raw.keys() - fields)
+    for key, value in raw.items():  # pydantic would read true as 1
+        if isinstance(value, bool) and key in fields and not _takes_bool(hints[key]):
+            problems.append(f"{_where(f'{name}.{key}', origins)} true and false mean nothing here.")
     values = {
         key: _from_text(value, hints[key]) if origins.get(f"{name}.{key}", "").startswith("--") else value
         for key, value in raw.items()
@@ -282,6 +302,12 @@ def _from_text(text: Any, annotation: Any) -> Any:
         except yaml.YAMLError as error:
             raise ConfigError(f"{text!r} is not a list or mapping in YAML: {error}") from error
     return [part.strip() for part in text.split(",")]
+
+
+def _takes_bool(annotation: Any) -> bool:
+    """Also where False is a word that YAML has read as no or off."""
+    options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    return any(option is bool or typing.get_origin(option) is typing.Literal for option in options)
 
 
 def _is_union(annotation: Any) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
-from minilm import models
+from minilm import models, preview
 from minilm.alignment import Sum
 from minilm.books import Books
 from minilm.config import Resolved, flatten
@@ -20,13 +22,17 @@ from minilm.evaluation.score import evaluate
 from minilm.evaluation.text import byte_lengths_of
 from minilm.models import folder as model_folder
 from minilm.run import CONFIG, RunConfig, load_config, with_vocabulary
-from minilm.training import checkpoint, optim
+from minilm.training import checkpoint, optim, passing
 from minilm.training.layout import Layout
+from minilm.training.limits import deterministic
+from minilm.training.lock import locked
 from minilm.training.objective import Objective
+from minilm.training.profile import StepProfiler, Steps
 from minilm.training.trainer import Outcome, Trainer, exit_code
-from minilm.training.watch import LayerNorms
+from minilm.training.watch import LayerNorms, Watcher
 
 SAMPLES = "samples.md"
+PROFILE = "profile"
 
 # Settings that change no weight and no logged training loss: how often something is looked at, where things lie,
 # and how the same global batch is cut.
@@ -47,29 +53,66 @@ _FREE_ON_RESUME = (
         "train.save_every",
         "train.sample_every",
         "train.validat",
+        "train.activation_checkpointing",
+        "train.max_",
+        "train.on_nonfinite",
+        "train.skip_budget",
+        "train.spike_factor",
     ),
 )
 
 
-def train(resolved: Resolved[RunConfig], *, resume: bool) -> int:
+def train(
+    resolved: Resolved[RunConfig], *, resume: bool, dry_run: bool = False, profile: str | None = None
+) -> int:
     """Run a training job to its end or to a signal; returns the exit code. Every rank calls it.
+
+    dry_run  check everything, show what would be done, write nothing
+    profile  steps to profile, `10:13` or `10`
 
     Raises ConfigError, DataError, CheckpointError or CheckFailed; what was computed until then is on disk.
     """
-    layout = Layout(resolved.value.train.asked(resolved.value.optim.clip_norm))
-    try:
-        return _train(layout, resolved, resume)
-    finally:
-        layout.close()
+    with deterministic(resolved.value.train.deterministic):
+        layout = Layout(resolved.value.train.asked(resolved.value.optim.clip_norm))
+        try:
+            return _train(layout, resolved, resume, dry_run, Steps.parse(profile) if profile else None)
+        finally:
+            layout.close()
 
 
-def _train(layout: Layout, resolved: Resolved[RunConfig], resume: bool) -> int:
+def _train(
+    layout: Layout, resolved: Resolved[RunConfig], resume: bool, dry_run: bool, profile: Steps | None
+) -> int:
     data = open_data(resolved.value.data)
     config = with_vocabulary(resolved, data.train.store)
-    used, found = _start_or_resume(config, resume, layout)
-    model = _model(config, layout, found)
-    layout.prepare(Objective(model).to(layout.device), optim.build(model, config.optim))
-    loader = Loader(
+    if dry_run:
+        return _preview(layout, config, resolved.origins, data, resume, profile)
+    with locked(layout, config.run_folder):
+        return _run(layout, config, resolved.origins, data, resume, profile)
+
+
+def _preview(
+    layout: Layout,
+    config: RunConfig,
+    origins: dict[str, str],
+    data: Data,
+    resume: bool,
+    profile: Steps | None,
+) -> int:
+    """What a real start checks before it writes, and a page in place of the training."""
+    _, found = _start_or_resume(config, resume, layout)
+    plan = preview.Plan(
+        config, origins, layout, data, _loader(config, layout, data), found.step if found else 0
+    )
+    if profile is not None:
+        profile.check(done=plan.step, num_steps=plan.num_steps)
+    if layout.is_main:
+        preview.show(plan, Console())
+    return 0
+
+
+def _loader(config: RunConfig, layout: Layout, data: Data) -> Loader:
+    return Loader(
         data.train,
         batch_rows=config.train.batch_size,
         micro_batch=layout.micro_batch,
@@ -78,17 +121,52 @@ def _train(layout: Layout, resolved: Resolved[RunConfig], resume: bool) -> int:
         seed=config.train.seed,
         prefetch=config.data.prefetch,
     )
+
+
+def _run(
+    layout: Layout,
+    config: RunConfig,
+    origins: dict[str, str],
+    data: Data,
+    resume: bool,
+    profile: Steps | None,
+) -> int:
+    used, found = _start_or_resume(config, resume, layout)
+    model = _model(config, layout, found)
+    layout.prepare(
+        Objective(model).to(layout.device), optim.build(model, config.optim), ema_decay=config.train.ema_decay
+    )
+    loader = _loader(config, layout, data)
     num_steps = config.train.num_steps(loader.steps_per_epoch)
+    if config.optim.warmup_steps > num_steps:
+        raise ConfigError(
+            f"optim.warmup_steps: {config.optim.warmup_steps} steps of warm-up do not fit into the {num_steps} steps "
+            f"that train.epochs {config.train.epochs} makes."
+        )
     if found is not None and found.step >= num_steps:
         if layout.is_main:
             print(
                 f"{config.run_folder} is finished: {found.folder.name} of {num_steps} steps.", file=sys.stderr
             )
         return 0
+    if profile is not None:
+        profile.check(done=found.step if found else 0, num_steps=num_steps)
     length = config.data.sequence_length
     # Dropout must differ between ranks; the weights are the same on all, they were drawn before.
     torch.manual_seed(config.train.seed * 100_003 + layout.rank + 1)
-    with Books(config, resolved.origins, layout, data, step=found.step if found else 0) as books:
+    with Books(config, origins, layout, data, step=found.step if found else 0) as books:
+        watchers: list[Watcher] = [LayerNorms(config.train.norms_every)] if config.train.norms_every else []
+        profiler = None
+        if profile is not None and layout.is_main:
+            about = f"{config.model.name}, {config.model.num_parameters():,} parameters; {layout}"
+            profiler = StepProfiler(
+                profile,
+                config.run_folder / PROFILE,
+                layout.device,
+                message=books.progress.message,
+                about=about,
+            )
+            watchers.append(profiler)
         trainer = Trainer(
             config.train,
             config.optim,
@@ -99,12 +177,13 @@ def _train(layout: Layout, resolved: Resolved[RunConfig], resume: bool) -> int:
             progress=books.progress,
             validate=_validation(config, layout, data),
             sample=_sampling(config, layout, data),
-            save_tokenizer=data.tokenizer.save if data.tokenizer else None,
-            watchers=[LayerNorms(config.train.norms_every)] if config.train.norms_every else [],
+            tokenizer=data.tokenizer,
+            watchers=watchers,
+            around_step=profiler.around if profiler else contextlib.nullcontext,
             flops_per_step=config.train.batch_size * length * config.model.training_flops_per_token(length),
         )
         books.announce(loader, trainer)
-        with loader:
+        with loader, profiler or contextlib.nullcontext():
             if found is not None:
                 trainer.resume(found)
             elif used:  # killed before its first save: the same run from its first step
@@ -119,7 +198,7 @@ def _train(layout: Layout, resolved: Resolved[RunConfig], resume: bool) -> int:
 def _start_or_resume(config: RunConfig, resume: bool, layout: Layout) -> tuple[bool, checkpoint.Found | None]:
     """Is the run folder in use (allowed with --resume only), and the checkpoint to continue from, if it has one."""
     folder = config.run_folder
-    used = (folder / "metrics.jsonl").is_file()
+    used = (folder / "metrics.jsonl").is_file() or bool(checkpoint.list_checkpoints(folder / "checkpoints"))
     layout.barrier()  # nobody looks after the first rank has begun to write
     if not resume:
         if used:
@@ -134,6 +213,13 @@ def _start_or_resume(config: RunConfig, resume: bool, layout: Layout) -> tuple[b
     found, damaged = checkpoint.find(folder)
     for line in damaged if layout.is_main else ():
         print(f"damaged checkpoint passed over: {line}", file=sys.stderr)
+    # train.precision auto follows the machine and the launcher: what it stood for must not change unseen.
+    before, now = found.trainer["layout"]["precision"], layout.facts()["precision"]
+    if before != now:
+        raise ConfigError(
+            f"The run was trained in {before}, and here train.precision {config.train.precision} means {now}. Give "
+            f"--train.precision={before} to go on with it, or another --run.name to start a new run."
+        )
     return used, found
 
 
@@ -143,7 +229,9 @@ def _refuse_changes(config: RunConfig, folder: Path) -> None:
     changed = [
         f"{key}: {before.get(key)!r} before, {now[key]!r} now"
         for key in now
-        if before.get(key) != now[key] and not key.startswith(_FREE_ON_RESUME)
+        if before.get(key) != now[key]
+        and not key.startswith(_FREE_ON_RESUME)
+        and not (key == "train.precision" and "auto" in (before.get(key), now[key]))
     ]
     if changed:
         raise ConfigError(
@@ -158,6 +246,8 @@ def _model(config: RunConfig, layout: Layout, found: checkpoint.Found | None) ->
     model = models.build(config.model)
     if found is not None:
         model_folder.load_weights(model, found.folder)
+    recompute = config.train.activation_checkpointing == "blocks"
+    passing.arrange(model, recompute=recompute, compiled=config.train.compile)
     return model.to(layout.device)
 
 
@@ -181,13 +271,17 @@ def _sampling(config: RunConfig, layout: Layout, data: Data) -> Callable[[int], 
     tokenizer, settings = data.tokenizer, config.sample
     if tokenizer is None:
         return None
+    # An empty prompt starts a document; without a BOS token the end of the one before it does.
+    start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    prompts = [tokenizer.prompt(text) or [start] for text in settings.prompts]
+    room = config.model.max_length - max((len(prompt) for prompt in prompts), default=0)
 
     def sample(step: int) -> list[dict[str, Any]]:
         with layout.autocast():
             written = generate(
                 layout.model,
-                [tokenizer.prompt(text) for text in settings.prompts],
-                max_new_tokens=settings.max_new_tokens,
+                prompts,
+                max_new_tokens=min(settings.max_new_tokens, max(1, room)),
                 temperature=settings.temperature,
                 top_k=settings.top_k,
                 seed=settings.seed,
@@ -219,7 +313,8 @@ def _farewell(config: RunConfig, outcome: Outcome) -> None:
         return
     validation = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
     loss = "" if outcome.loss is None else f": training loss {outcome.loss:.4f}"
-    print(f"\nfinished at step {outcome.step}{loss}{validation}", file=sys.stderr)
+    why = f" ({outcome.reason})" if outcome.reason else ""
+    print(f"\nfinished at step {outcome.step}{why}{loss}{validation}", file=sys.stderr)
     print(
         f"  run folder  {folder}\n  curve       {folder / 'loss.png'}\n  samples     {folder / SAMPLES}",
         file=sys.stderr,

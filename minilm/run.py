@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import nn
@@ -31,6 +31,7 @@ from minilm.track import TrackConfig
 from minilm.training import checkpoint
 from minilm.training.optim import OptimConfig
 from minilm.training.settings import TrainConfig
+from minilm.training.state import load_average_into
 
 CONFIG = "config.yaml"
 
@@ -108,10 +109,32 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Resolved[Ru
     if path is not None and path.is_dir():
         path = path / CONFIG
     resolved = resolve(RunConfig, file=path, overrides=overrides, choose={"model": choose_model})
-    config = resolved.value
+    config = _with_batch_size(resolved)
     if config.run.name is None and path is not None:
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=path.stem))
     return Resolved(config, resolved.origins)
+
+
+def _with_batch_size(resolved: Resolved[RunConfig]) -> RunConfig:
+    """train.tokens_per_step, where it is given, decides train.batch_size, or must agree with it."""
+    config = resolved.value
+    tokens, length = config.train.tokens_per_step, config.data.sequence_length
+    if tokens is None:
+        return config
+    if tokens % length:
+        raise ConfigError(
+            f"train.tokens_per_step {tokens} must be a multiple of data.sequence_length {length}: "
+            f"{max(1, tokens // length) * length}, for instance."
+        )
+    rows, origin = tokens // length, resolved.origins["train.batch_size"]
+    if origin == "default":
+        resolved.origins["train.batch_size"] = "train.tokens_per_step"
+    elif config.train.batch_size != rows:
+        raise ConfigError(
+            f"train.tokens_per_step {tokens} makes {rows} rows of {length} tokens, but train.batch_size ({origin}) is "
+            f"{config.train.batch_size}. Give one of them."
+        )
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows))
 
 
 @dataclass(frozen=True)
@@ -124,11 +147,15 @@ class Loaded:
     step: int
     run_folder: Path | None
     config: RunConfig | None
+    store_fingerprint: str  # of the store that it was trained on
 
 
-def load_checkpoint(path: Path | str, *, device: str = "cpu") -> Loaded:
+def load_checkpoint(
+    path: Path | str, *, device: str = "cpu", weights: Literal["last", "ema"] = "last"
+) -> Loaded:
     """The newest undamaged checkpoint of a run folder, or the named one: float32 model in eval mode, tokenizer.
 
+    weights  "last", or "ema": their moving average, which a run with train.ema_decay keeps
     Raises CheckpointError if there is none or it does not fit together.
     """
     found, damaged = checkpoint.find(Path(path))
@@ -138,6 +165,8 @@ def load_checkpoint(path: Path | str, *, device: str = "cpu") -> Loaded:
             f"The newest checkpoint is damaged: {damaged[0]}. Name an older one, for instance {found.folder}."
         )
     model = model_folder.load(found.folder, device=device).eval()
+    if weights == "ema":
+        load_average_into(model, found.folder)
     has_tokenizer = (found.folder / "tokenizer").is_dir()
     run_folder = next((p for p in found.folder.parents if (p / CONFIG).is_file()), None)
     return Loaded(
@@ -147,6 +176,7 @@ def load_checkpoint(path: Path | str, *, device: str = "cpu") -> Loaded:
         step=found.step,
         run_folder=run_folder,
         config=load_config(run_folder).value if run_folder else None,
+        store_fingerprint=found.trainer["loader"]["store"],
     )
 
 
@@ -168,6 +198,11 @@ def with_vocabulary(resolved: Resolved[RunConfig], store: Store) -> RunConfig:
 def write_config(config: RunConfig) -> None:
     """config.yaml in the run folder, whole or not at all."""
     config.run_folder.mkdir(parents=True, exist_ok=True)
+    # The run folder is also looked at from elsewhere: stores are named by where they are, not as seen from here.
+    places = {"store": str(Path(config.data.store).resolve())}
+    if config.data.validation_store:
+        places["validation_store"] = str(Path(config.data.validation_store).resolve())
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **places))
     aside = config.run_folder / f".{CONFIG}"
     aside.write_text(dump(config), encoding="utf-8")
     aside.replace(config.run_folder / CONFIG)

@@ -11,12 +11,18 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source run_file/install.sh
 install_minilm dashboard
 
+if [[ " $* " == *" --run.name"* ]]; then
+  echo "Name the run with QUICKSTART_RUN=NAME bash run_file/quickstart.sh, so that all stages use it." >&2
+  exit 2
+fi
 device=$(python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
 run=${QUICKSTART_RUN:-quickstart}
 data=data/quickstart
 echo "== corpus and tokenizer ($device)"
-minilm tokenizer train --source builtin:python --vocab-size 6400 --out "$data/tokenizer"
-minilm data build --source builtin:python --tokenizer "$data/tokenizer" --out "$data/store"
+# Documentation twice an epoch: it is a quarter of the text, and what the samples should look like.
+corpus=(--source builtin:python-docs,weight=2 --source builtin:python-source)
+minilm tokenizer train "${corpus[@]}" --vocab-size 6400 --out "$data/tokenizer"
+minilm data build "${corpus[@]}" --tokenizer "$data/tokenizer" --out "$data/store"
 
 echo "== training"
 python train.py --config "run_file/quickstart_$device.yaml" --run.name="$run" --resume "$@"

@@ -48,7 +48,8 @@ def make_run(root: Path) -> Made:
     checkpoint = root / "run" / "checkpoints" / "step-00000007"
     folder.save(model, checkpoint)
     tokenizer.save(checkpoint / "tokenizer")
-    (checkpoint / "trainer.json").write_text(json.dumps({"step": 7}))
+    state = {"step": 7, "loader": {"store": Store.open(root / "store").fingerprint}}
+    (checkpoint / "trainer.json").write_text(json.dumps(state))
     (checkpoint / "files.json").write_text(json.dumps({"files": {}}))
     (root / "run" / "config.yaml").write_text(
         CONFIG.format(store=root / "store", vocab_size=tokenizer.num_tokens)

@@ -126,6 +126,24 @@ def test_broken_files_are_named(tmp_path, text, message):
     assert "run.yaml" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "train:\n  steps: 3\noptim:\n  clip_norm: 1\ntrain:\n  steps: 4\n",
+            r":5: train was given before, in line 1",
+        ),
+        ("train:\n  steps: 3\n  fused: true\n  steps: 4\n", r":4: steps was given before, in line 2"),
+        ("train: &t\n  steps: 3\noptim:\n  <<: *t\n", r":4: merge keys"),
+        ("train:\n  steps: yes\n", r"train\.steps \(.*:2\): true and false mean nothing here"),
+        ("optim:\n  clip_norm: on\n", r"optim\.clip_norm \(.*:2\): true and false mean nothing here"),
+    ],
+)
+def test_what_yaml_would_take_silently_is_refused(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(Config, file=write(tmp_path, text))
+
+
 def test_missing_file_and_stray_word():
     with pytest.raises(ConfigError, match=r"no settings file nowhere\.yaml"):
         resolve(Config, file=Path("nowhere.yaml"))

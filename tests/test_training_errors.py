@@ -41,6 +41,11 @@ def test_the_command_line_ends_with_2_and_without_a_traceback_for_all_problems_a
         ({"data__sequence_length": 65}, ConfigError, r"longer than model\.max_length 64"),
         ({"train__steps": 3}, ConfigError, r"5 steps of warm-up do not fit into train\.steps 3"),
         ({"train__epochs": 2}, ConfigError, r"exactly one of train\.steps and train\.epochs"),
+        (
+            {"train__steps": "none", "train__epochs": 0.1},
+            ConfigError,
+            r"5 steps of warm-up do not fit into the 2 steps that train\.epochs 0\.1 makes",
+        ),
         ({"train__micro_batch": 3}, ConfigError, r"train\.micro_batch 3 rows: it must be a multiple of 3"),
         ({"train__batch_size": 4000}, ConfigError, r"4000.*more than the \d+ rows of an epoch"),
         ({"model__vocab_size": 40}, ConfigError, r"--model\.vocab_size.*is 40.*ids up to 47"),

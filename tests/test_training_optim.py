@@ -75,4 +75,4 @@ def test_the_rate_that_is_shown_is_the_one_in_the_optimizer():
     optimizer = optim.build(model, OptimConfig())
     optim.set_rate(optimizer, 0.125)
     assert {group["lr"] for group in optimizer.param_groups} == {0.125}
-    assert optim.rate_of(optimizer) == 0.125
+    assert optim.rates_of(optimizer) == {"learning_rate": 0.125}

@@ -221,3 +221,20 @@ def test_ctrl_c_on_the_command_line_exits_130_and_says_how_to_go_on(tmp_path, st
 def test_launched_helper_reports_failures(tmp_path):
     result = launched(["--config", str(tmp_path / "nowhere.yaml")])
     assert result.returncode == 2 and "There is no settings file" in result.stderr
+
+
+def test_a_precision_that_follows_the_launcher_may_not_change_on_resume(tmp_path, store, monkeypatch):
+    run_here(tmp_path, store, train__steps=6, train__save_every=3, train__precision="auto")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ConfigError, match=r"was trained in fp32, and here train\.precision auto means bf16"):
+        run_here(tmp_path, store, resume=True, train__steps=6, train__save_every=3, train__precision="auto")
+
+
+def test_a_stop_saves_without_validating_first(tmp_path, monkeypatch, store):
+    """A launcher kills its processes half a minute after it asked them to stop."""
+    real = trainer.optimizer_step
+    monkeypatch.setattr(trainer, "optimizer_step", lambda *a, **k: real(*a, **k | {"stop": True}))
+    run = run_here(tmp_path, store, train__steps=20, train__validate_every=1)
+    assert [r["step"] for r in records(run, "validation")] == [0]
+    assert [c.step for c in checkpoint.list_checkpoints(run / "checkpoints")] == [1]

@@ -14,7 +14,7 @@ import textwrap
 import traceback
 from collections.abc import Callable
 
-from minilm.errors import MinilmError
+from minilm.errors import ConfigError, MinilmError
 
 
 def guarded(command: Callable[[], int | None], *, debug: bool) -> int:
@@ -22,9 +22,13 @@ def guarded(command: Callable[[], int | None], *, debug: bool) -> int:
     try:
         return command() or 0
     except MinilmError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank and isinstance(error, ConfigError):
+            return 2  # settings are the same on every rank: the first one says it
         if debug:
             traceback.print_exc()
-        print(f"\n{type(error).__name__}: {wrapped(str(error))}", file=sys.stderr)
+        of_rank = f" on rank {rank}" if rank else ""
+        print(f"\n{type(error).__name__}{of_rank}: {wrapped(str(error))}", file=sys.stderr)
         if not debug:
             print("(--debug shows the traceback)", file=sys.stderr)
         return 2

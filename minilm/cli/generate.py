@@ -38,6 +38,12 @@ def add(subparsers: Any) -> None:
         metavar="DIR",
         help="a run folder (its newest checkpoint) or a checkpoint",
     )
+    arg(
+        "--weights",
+        choices=("last", "ema"),
+        default="last",
+        help="those of the last step, or their moving average (train.ema_decay); default: last",
+    )
     prompt = sub.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue (default: empty, a new document)")
     prompt.add_argument(
@@ -97,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.device == "cuda" and not cuda:
         raise ConfigError("--device cuda was asked for, but torch sees no GPU here.")
     device = "cuda" if cuda and arguments.device != "cpu" else "cpu"
-    loaded = load_checkpoint(arguments.checkpoint, device=device)
+    loaded = load_checkpoint(arguments.checkpoint, device=device, weights=arguments.weights)
     if loaded.tokenizer is None:
         raise DataError(
             f"The checkpoint {loaded.folder} has no tokenizer: it was trained on token ids, so there is no "

@@ -104,6 +104,12 @@ class Rows:
         """Predictions that count, over all rows once: every token of every document but the first."""
         return sum(shard.num_targets for shard in self.shards)
 
+    @property
+    def targets_per_row(self) -> float:
+        """Predictions that count in a row, on average over the rows of many epochs, with the sources' weights."""
+        per_row = [s.num_targets / max(1, p.num_rows) for s, p in zip(self.shards, self._parts, strict=True)]
+        return float(np.dot(per_row, self._taken)) / self.rows_per_epoch
+
     def batch(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows by number: tokens [B, L+1] and segments [B, L+1], int64. Raises IndexError."""
         rows = np.asarray(rows, dtype=np.int64)

@@ -6,6 +6,7 @@ biases, the output layer tied to the embedding. Computes what `transformers.Llam
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from minilm.errors import ConfigError, DataError
 from minilm.models import register
-from minilm.models.attention import plan
+from minilm.models.attention import Plan, plan
 from minilm.models.base import ModelConfig, Output
 from minilm.models.cache import KVCache, positions_within
 from minilm.models.parts import Block, RMSNorm, Rotary, SwiGLU, compute_dtype
@@ -78,6 +79,8 @@ class Original(nn.Module):
         self.rotary = Rotary(config.head_dim, config.max_length, config.rope_theta)
         if not config.tie_embeddings:
             self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        # How training goes through a block instead of calling it: recomputed, compiled.
+        self.through: Callable[[nn.Module, Tensor, Plan], Tensor] | None = None
         self.initialise()
 
     def block(self, layer: int) -> nn.Module:
@@ -155,8 +158,9 @@ class Original(nn.Module):
             cache=cache,
         )
         x = self.dropout(self.embedding(inputs))  # [B, L, D]
+        through = self.through if self.training and cache is None else None
         for block in self.blocks:
-            x = block(x, shared)
+            x = through(block, x, shared) if through else block(x, shared)
         if cache is not None:
             cache.commit()
         return Output(self.norm(x), self.head_weight)

@@ -90,6 +90,9 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.qkv = nn.Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.out = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
+        # An optimizer that works on matrices (Muon) has to know that one parameter holds three.
+        kv_rows = self.kv_heads * self.head_dim
+        self.stacked = {"qkv.weight": (self.heads * self.head_dim, kv_rows, kv_rows)}
 
     def forward(self, x: Tensor, plan: Plan) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [B, L, H + 2 Hkv, d]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import random
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from minilm.errors import CheckpointError, listed
@@ -107,19 +109,31 @@ def damage(folder: Path, *, checksums: bool = True) -> list[str]:
 
 
 def save(
-    layout: Layout, folder: Path, state: dict[str, Any], *, tokenizer: Callable[[Path], object] | None
+    layout: Layout,
+    folder: Path,
+    state: dict[str, Any],
+    *,
+    tokenizer: Callable[[Path], object] | None,
+    random_state: dict[str, Any] | None = None,
 ) -> Path:
-    """Write checkpoints/step-N for N = state["step"]. Collective: every rank calls it, every rank sees a failure."""
+    """Write checkpoints/step-N for N = state["step"]. Collective: every rank calls it, every rank sees a failure.
+
+    random_state  what `random_states` returned at an earlier moment; none: as it is now
+    """
     final = folder / f"step-{state['step']:08d}"
     aside = folder / f".saving-{final.name}"
     # What all ranks gather together comes before what one of them may fail at.
     weights, moments = state_by_name.full_weights(layout), state_by_name.optimizer_state(layout)
-    with _together(layout, f"The checkpoint {final} could not be written"):
+    with together(layout, f"The checkpoint {final} could not be written"):
         if layout.is_main:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-    with _together(layout, f"The checkpoint {final} could not be written"):
-        torch.save(random_states(layout.device), aside / f"random-{layout.rank:05d}.pt")
+    with together(layout, f"The checkpoint {final} could not be written"):
+        states = (
+            io.BytesIO()
+        )  # torch.save to a full disk names an "unexpected pos"; a plain write says what it is
+        torch.save(random_state or random_states(layout.device), states)
+        (aside / f"random-{layout.rank:05d}.pt").write_bytes(states.getvalue())
         if layout.is_main:
             model_folder.save(layout.model, aside, weights)
             moments.write(aside)
@@ -127,7 +141,7 @@ def save(
                 tokenizer(aside / "tokenizer")
             record = {"format": FORMAT, **state, "layout": layout.facts()}
             (aside / "trainer.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    with _together(layout, f"The checkpoint {final} could not be written"):
+    with together(layout, f"The checkpoint {final} could not be written"):
         if layout.is_main:
             _seal(aside)
             if final.exists():  # the same step again, after a resume that was stopped at once
@@ -196,16 +210,12 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _together(layout: Layout, what: str) -> Any:
+def together(layout: Layout, what: str) -> Any:
     """Run a piece that may fail on one rank; if it did, every rank raises instead of waiting for ever."""
     failure: Exception | None = None
     try:
         yield
-    except (
-        OSError,
-        RuntimeError,
-        CheckpointError,
-    ) as error:  # torch.save reports a full disk as RuntimeError
+    except (OSError, SafetensorError, CheckpointError) as error:
         failure = error
     if layout.all_reduce([float(failure is not None)])[0] > 0:
         why = failure or "another rank failed"

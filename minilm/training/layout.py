@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from minilm.errors import ConfigError, listed
+from minilm.training.ema import Average, average_of
 
 Kind = Literal["single", "ddp", "zero"]
 
@@ -59,6 +60,7 @@ class Layout:
         self.engine: Any = None  # the DeepSpeed engine, once prepared
         self.objective: nn.Module
         self.optimizer: torch.optim.Optimizer
+        self.average: Average | None = None  # of the weights, where the run keeps one
 
     @property
     def is_main(self) -> bool:
@@ -81,10 +83,21 @@ class Layout:
         precision = "bf16" if self.bf16 else "fp32"
         return f"{wrapper}, {self.device_type}, {precision}, {self.accumulation} x {self.micro_batch} rows"
 
-    def prepare(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises ConfigError for an optimizer that this layout cannot run."""
+        if self.kind == "zero" and not isinstance(optimizer, torch.optim.AdamW):
+            raise ConfigError(
+                "optim.name muon does not go with DeepSpeed ZeRO: ZeRO hands the optimizer flat pieces of all "
+                "parameters, and Muon needs whole matrices. Take optim.name adamw, or launch without DeepSpeed (DDP)."
+            )
+
+    def prepare(
+        self, objective: nn.Module, optimizer: torch.optim.Optimizer, *, ema_decay: float | None = None
+    ) -> None:
         """Wrap for training, then assert on the wrapped objects what was asked for."""
         from accelerate.utils import DistributedType
 
+        self.check_optimizer(optimizer)
         dtypes = {p.dtype for p in objective.parameters()}
         self.objective, wrapped = self.accelerator.prepare(objective, optimizer)
         self.optimizer = wrapped
@@ -113,6 +126,7 @@ class Layout:
             raise ConfigError(
                 "Accelerate or DeepSpeed did not set up what the run asked for. " + listed(wrong)
             )
+        self.average = None if ema_decay is None else average_of(self, ema_decay)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """For forwards outside the wrapped objective (validation, samples): the same precision as in training."""
@@ -146,11 +160,13 @@ class Layout:
         """Clip once by the norm of the whole gradient, update, forget the gradients."""
         if self.engine is not None:
             self.engine.step()  # clips by ds_config["gradient_clipping"], updates, clears
-            return
-        if self.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.objective.parameters(), self.clip_norm, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        else:
+            if self.clip_norm is not None:
+                nn.utils.clip_grads_with_norm_(self.objective.parameters(), self.clip_norm, norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update()
 
     def all_reduce(self, values: list[float]) -> list[float]:
         """Sums over the ranks."""

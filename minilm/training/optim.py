@@ -11,12 +11,20 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from minilm.training.muon import MuonAdamW, matrices_of, stacked_in
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Section `optim`."""
 
-    learning_rate: Annotated[float, Field(gt=0, description="highest learning rate")] = 1e-3
+    name: Annotated[
+        Literal["adamw", "muon"],
+        Field(
+            description="adamw, or muon: Muon for the matrices of the blocks, AdamW for embedding, head and vectors"
+        ),
+    ] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0, description="highest learning rate (of AdamW)")] = 1e-3
     final_rate: Annotated[
         float, Field(ge=0, le=1, description="learning rate of the last step, as a share of it")
     ] = 0.1
@@ -36,6 +44,10 @@ class OptimConfig:
     beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW's first moment decay")] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's second moment decay")] = 0.95
     eps: Annotated[float, Field(gt=0, description="AdamW's epsilon")] = 1e-8
+    muon_learning_rate: Annotated[
+        float, Field(gt=0, description="highest learning rate of Muon; it follows the same schedule")
+    ] = 0.02
+    muon_momentum: Annotated[float, Field(ge=0, lt=1, description="Muon's Nesterov momentum")] = 0.95
     clip_norm: Annotated[
         float | None, Field(gt=0, description="largest norm of the whole gradient; none: no clipping")
     ] = 1.0
@@ -76,20 +88,41 @@ def groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict
     return [part for part in parts if part["params"]]
 
 
-def build(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over the module's parameters; fused on CUDA."""
-    parts = groups(module.parameters(), config.weight_decay)
+def build(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over the module's parameters; fused on CUDA.
+
+    With the name muon the matrices are Muon's (`minilm.training.muon`), the rest AdamW's; module is the bare model.
+    """
+    matrices = matrices_of(module) if config.name == "muon" else []
+    taken = {id(p) for p in matrices}
+    parts = groups((p for p in module.parameters() if id(p) not in taken), config.weight_decay)
     fused = True if next(module.parameters()).device.type == "cuda" else None
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(parts, lr=config.learning_rate, betas=betas, eps=config.eps, fused=fused)
+    adamw = torch.optim.AdamW(parts, lr=config.learning_rate, betas=betas, eps=config.eps, fused=fused)
+    if config.name == "adamw":
+        return adamw
+    optimizer = MuonAdamW(
+        adamw,
+        matrices,
+        learning_rate=config.muon_learning_rate,
+        momentum=config.muon_momentum,
+        weight_decay=config.weight_decay,
+        stacked=dict(stacked_in(module)),
+    )
+    for group in optimizer.param_groups:
+        group["rate_scale"] = config.muon_learning_rate / config.learning_rate if group["muon"] else 1.0
+    return optimizer
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group the same learning rate."""
+    """Give every parameter group this learning rate of AdamW, Muon's in proportion to its own highest rate."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_scale", 1.0)
 
 
-def rate_of(optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate that the optimizer will really use: what the log shows is read here, not recomputed."""
-    return float(optimizer.param_groups[0]["lr"])
+def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The learning rates that the optimizer will really use: what the log shows is read here, not recomputed."""
+    rates = {}
+    for group in optimizer.param_groups:
+        rates["muon_learning_rate" if group.get("muon") else "learning_rate"] = float(group["lr"])
+    return rates

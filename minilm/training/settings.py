@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
-from minilm.alignment import Batch
 from minilm.training.layout import Asked
 
 
@@ -22,6 +21,20 @@ class TrainConfig:
     )
     epochs: Annotated[
         float | None, Field(gt=0, description="passes over the data; none: as train.steps says")
+    ] = None
+    max_tokens: Annotated[
+        int | None,
+        Field(gt=0, description="end the run after the step in which this many targets were trained on"),
+    ] = None
+    max_minutes: Annotated[
+        float | None,
+        Field(gt=0, description="end the run after the step in which this start of it became so old"),
+    ] = None
+    deterministic: Annotated[
+        bool, Field(description="only algorithms that give the same bits each time; slower on CUDA")
+    ] = False
+    tokens_per_step: Annotated[
+        int | None, Field(gt=0, description="in place of batch_size: batch_size x data.sequence_length")
     ] = None
     batch_size: Annotated[
         int, Field(gt=0, description="rows per optimizer step, over all ranks and micro-batches together")
@@ -61,6 +74,31 @@ class TrainConfig:
         int | None,
         Field(gt=0, description="steps between norms of gradient, weights and update per layer; none: never"),
     ] = None
+    activation_checkpointing: Annotated[
+        Literal["none", "blocks"],
+        Field(description="blocks: keep only their inputs and compute them again in the backward pass"),
+    ] = "none"
+    compile: Annotated[bool, Field(description="compile the blocks for training (torch.compile)")] = False
+    ema_decay: Annotated[
+        float | None,
+        Field(gt=0, lt=1, description="keep a moving average of the weights with this decay; none: do not"),
+    ] = None
+    on_nonfinite: Annotated[
+        Literal["stop", "skip"],
+        Field(description="a step whose loss or gradient is not finite: stop the run, or skip its update"),
+    ] = "stop"
+    skip_budget: Annotated[
+        int,
+        Field(ge=0, description="steps that on_nonfinite: skip may skip in the whole run before it stops"),
+    ] = 3
+    spike_factor: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            description="keep a step as an incident when its loss exceeds the mean of the last 50 by this many "
+            "standard deviations; none: do not look",
+        ),
+    ] = None
     keep_best: Annotated[
         bool, Field(description="also keep the checkpoint with the lowest validation loss")
     ] = True
@@ -77,16 +115,6 @@ class TrainConfig:
 
     def asked(self, clip_norm: float | None) -> Asked:
         return Asked(self.batch_size, self.micro_batch, self.precision, self.device, clip_norm, self.ranks)
-
-
-class Batches(Protocol):
-    """What the trainer needs of a loader (minilm.data.loader.Loader)."""
-
-    steps_per_epoch: int
-
-    def __next__(self) -> list[Batch]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Log(Protocol):

@@ -4,7 +4,9 @@ DeepSpeed's own checkpoint belongs to the number of ranks that wrote it and is a
 the float32 master weights and of AdamW's moments is put together under the name of its parameter, so that N ranks
 can go on as M, with or without ZeRO. Nothing is rounded on the way: what goes out comes back bit for bit.
 
-    optimizer.safetensors    NAME::exp_avg, NAME::exp_avg_sq, ... float32, shaped like the parameter; steps in metadata
+    ema.safetensors          the averaged weights by name, float32, where the run keeps an average; updates in metadata
+    optimizer.safetensors    NAME::exp_avg, NAME::exp_avg_sq (AdamW) or NAME::momentum_buffer (Muon), float32, shaped
+                             like the parameter; steps in metadata
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from minilm.errors import CheckpointError, listed
 from minilm.training.layout import Layout
 
-FILE = "optimizer.safetensors"
+FILE, AVERAGE = "optimizer.safetensors", "ema.safetensors"
 _SEPARATOR = "::"
 
 
@@ -38,30 +40,57 @@ def full_weights(layout: Layout) -> dict[str, Tensor]:
     }
 
 
+def average_weights(layout: Layout) -> dict[str, Tensor]:
+    """The averaged weights by name, like `full_weights`; a buffer is as it is now. Collective."""
+    average = layout.average
+    assert average is not None
+    if layout.engine is not None:
+        with average.exchanged():  # gathering makes new tensors, which stay when the exchange is undone
+            return full_weights(layout)
+    own = {live.data_ptr(): shadow for live, shadow in zip(average.live, average.shadow, strict=True)}
+    return {name: own.get(value.data_ptr(), value) for name, value in full_weights(layout).items()}
+
+
 @dataclass(frozen=True)
 class OptimizerState:
-    """`tensors`: "NAME::KIND" -> float32, shaped like the parameter; `steps`: NAME -> updates it has had."""
+    """`tensors`: "NAME::KIND" -> float32, shaped like the parameter; `steps`: NAME -> updates it has had.
+
+    `average`: averaged weights by name, after `num_updates` updates.
+    """
 
     tensors: dict[str, Tensor]
     steps: dict[str, float]
+    average: dict[str, Tensor] | None = None
+    num_updates: int = 0
 
     def write(self, folder: Path) -> None:
-        """Write optimizer.safetensors."""
+        """Write optimizer.safetensors and, where there is an average, ema.safetensors."""
         save_file(self.tensors, folder / FILE, metadata={"format": "pt", "steps": json.dumps(self.steps)})
+        if self.average is not None:
+            contiguous = {name: value.contiguous() for name, value in self.average.items()}
+            save_file(
+                contiguous, folder / AVERAGE, metadata={"format": "pt", "updates": str(self.num_updates)}
+            )
 
 
 def optimizer_state(layout: Layout) -> OptimizerState:
-    """The whole state, on every rank. Collective."""
+    """The whole state, on every rank; empty before the first update. Collective."""
     named = dict(layout.model.named_parameters())
     tensors: dict[str, Tensor] = {}
     steps: dict[str, float] = {}
+    average: dict[str, Tensor] | None = None
+    num_updates = 0
+    if layout.average is not None:
+        average, num_updates = average_weights(layout), layout.average.num_updates
+    if not any(layout.optimizer.optimizer.state.values()):
+        return OptimizerState(tensors, steps, average, num_updates)
     if layout.engine is None:
         state = layout.optimizer.optimizer.state
         for name, parameter in named.items():
             own = dict(state[parameter])
             steps[name] = float(own.pop("step"))
             tensors |= {name + _SEPARATOR + kind: value.detach().contiguous() for kind, value in own.items()}
-        return OptimizerState(tensors, steps)
+        return OptimizerState(tensors, steps, average, num_updates)
     zero = layout.engine.optimizer
     _link(zero)
     flat_state = [zero.optimizer.state[flat] for flat in zero.single_partition_of_fp32_groups]
@@ -70,7 +99,7 @@ def optimizer_state(layout: Layout) -> OptimizerState:
         steps[name] = float(flat_state[0]["step"])
         for kind in kinds:
             tensors[name + _SEPARATOR + kind] = parameter.get_full_hp_param(kind).detach()
-    return OptimizerState(tensors, steps)
+    return OptimizerState(tensors, steps, average, num_updates)
 
 
 def load(layout: Layout, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -79,11 +108,11 @@ def load(layout: Layout, folder: Path, weights: dict[str, Tensor]) -> None:
     weights  float32 by name: the master copies of a sharded layout are set to them.
     Raises CheckpointError naming every parameter that does not fit.
     """
-    saved_state = _read(folder / FILE)
-    tensors, steps = saved_state.tensors, saved_state.steps
+    tensors, steps = _read(folder / FILE, "steps")
     named = dict(layout.model.named_parameters())
     saved = {key.partition(_SEPARATOR)[0] for key in tensors}
-    wrong = [f"{name} has no optimizer state" for name in named if name not in saved]
+    # A checkpoint from before the first update (its steps were skipped) has no state at all.
+    wrong = [f"{name} has no optimizer state" for name in named if steps and name not in saved]
     wrong += [f"{name} is no parameter of this model" for name in sorted(saved - named.keys())]
     wrong += [
         f"{key}: shape {list(tensor.shape)} instead of {list(named[name].shape)}"
@@ -92,14 +121,55 @@ def load(layout: Layout, folder: Path, weights: dict[str, Tensor]) -> None:
     ]
     if wrong:
         raise CheckpointError(f"{folder / FILE} does not fit the model: {listed(wrong)}")
-    kinds = sorted({key.partition(_SEPARATOR)[2] for key in tensors})
     if layout.engine is None:
         optimizer = layout.optimizer.optimizer
-        for name, parameter in named.items():
-            state: dict[str, Any] = {k: tensors[name + _SEPARATOR + k].to(parameter.device) for k in kinds}
-            optimizer.state[parameter] = {"step": _step_tensor(optimizer, parameter, steps[name]), **state}
+        for name, step in steps.items():
+            optimizer.state[named[name]] = {"step": _step_tensor(optimizer, named[name], step)}
+        for key, tensor in tensors.items():
+            name, _, kind = key.partition(_SEPARATOR)
+            optimizer.state[named[name]][kind] = tensor.to(named[name].device)
     else:
+        kinds = sorted({key.partition(_SEPARATOR)[2] for key in tensors})
         _load_sharded(layout.engine.optimizer, named, tensors, steps, kinds, weights)
+    if layout.average is not None:
+        _load_average(layout, folder / AVERAGE)
+
+
+def load_average_into(model: nn.Module, folder: Path) -> None:
+    """Give a model that was loaded from a checkpoint folder the averaged weights of that checkpoint.
+
+    Raises CheckpointError if the run kept no average or the file does not fit.
+    """
+    path = folder / AVERAGE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no averaged weights: its run kept none (train.ema_decay).")
+    tensors, _ = _read(path, "updates")
+    own = model.state_dict()
+    wrong = [name for name in own.keys() | tensors.keys() if name not in own or name not in tensors]
+    wrong += [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
+    if wrong:
+        raise CheckpointError(f"{path} does not fit the model: {listed(sorted(wrong))}")
+    for name, value in tensors.items():
+        own[name].copy_(value)
+
+
+def _load_average(layout: Layout, path: Path) -> None:
+    """Put back an average, after the weights. The live tensors take it, so that a sharded layout can share it out."""
+    average = layout.average
+    assert average is not None
+    tensors, updates = _read(path, "updates")
+    named = dict(layout.model.named_parameters())
+    wrong = [name for name, p in named.items() if name not in tensors or tensors[name].shape != p.shape]
+    if wrong:
+        raise CheckpointError(f"{path} does not fit the model: {listed(wrong)} missing or of another shape")
+    with torch.no_grad(), average.exchanged():
+        for name, parameter in named.items():
+            value = tensors[name].to(parameter.device)
+            if layout.engine is None:
+                parameter.copy_(value)
+            else:
+                parameter.set_full_hp_param(value)
+    average.num_updates = int(updates)
 
 
 def _load_sharded(
@@ -111,11 +181,12 @@ def _load_sharded(
     weights: dict[str, Tensor],
 ) -> None:
     """ZeRO makes its state at the first step: make it now, link it to the parameters, then fill it by name."""
-    step = next(iter(steps.values()))
-    for flat in zero.single_partition_of_fp32_groups:
-        filled = {kind: torch.zeros_like(flat) for kind in kinds}
-        zero.optimizer.state[flat] = {"step": _step_tensor(zero.optimizer, flat, step), **filled}
-    _link(zero)
+    if steps:
+        step = next(iter(steps.values()))
+        for flat in zero.single_partition_of_fp32_groups:
+            filled = {kind: torch.zeros_like(flat) for kind in kinds}
+            zero.optimizer.state[flat] = {"step": _step_tensor(zero.optimizer, flat, step), **filled}
+        _link(zero)
     for name, parameter in named.items():
         value = weights[name].to(parameter.device)
         parameter.set_full_hp_param(value)
@@ -141,11 +212,11 @@ def _step_tensor(optimizer: torch.optim.Optimizer, parameter: Tensor, step: floa
     return torch.tensor(step, dtype=torch.float32, device=parameter.device if fused else "cpu")
 
 
-def _read(path: Path) -> OptimizerState:
+def _read(path: Path, field: str) -> tuple[dict[str, Tensor], Any]:
+    """The tensors of a file and one field of its metadata, decoded."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            steps = json.loads(file.metadata()["steps"])
+            return tensors, json.loads(file.metadata()[field])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    return OptimizerState(tensors, steps)

@@ -7,12 +7,14 @@ micro-batches, their number and the number of ranks do not show, however unevenl
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from minilm.alignment import Batch, Sum
 from minilm.errors import CheckFailed, DataError
@@ -29,19 +31,25 @@ class StepResult:
     stop: bool  # some rank wants to stop after this step
     seconds: dict[str, float]  # forward, backward, optimizer
 
+    @property
+    def is_finite(self) -> bool:
+        """Loss and gradient are numbers that can be trained on."""
+        return math.isfinite(self.loss.mean) and math.isfinite(self.gradient_norm)
+
 
 class NonFinite(CheckFailed):
     """Loss or gradient is NaN or infinite; the weights are those before the step."""
 
-    def __init__(self, loss: Sum, gradient_norm: float) -> None:
-        found = [f"the loss is {loss.mean}"] if not math.isfinite(loss.mean) else []
-        if not _is_norm(gradient_norm):
+    def __init__(self, result: StepResult, more: str = "") -> None:
+        found = [f"the loss is {result.loss.mean}"] if not math.isfinite(result.loss.mean) else []
+        if not math.isfinite(result.gradient_norm):
             found.append("the gradient is not finite")
         super().__init__(
             f"{' and '.join(found).capitalize()}. The step was not taken: weights and optimizer are as before it. "
             "Usual causes: optim.learning_rate too high, no warm-up (optim.warmup_steps), damaged weights."
+            + (f"\n{more}" if more else "")
         )
-        self.loss, self.gradient_norm = loss, gradient_norm
+        self.result = result
 
 
 class Stopwatch:
@@ -77,13 +85,15 @@ def optimizer_step(
     micro_batches: Sequence[Batch],
     *,
     stop: bool = False,
+    inspect: Callable[[StepResult], None] | None = None,
     before_update: Callable[[], None] | None = None,
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, one clip, one update. Collective.
 
-    before_update is called when the whole gradient is there, before it is clipped.
+    inspect is called with what was measured, finite or not, when the whole gradient is there and the weights are
+    those before the step; before_update after it, for a step that will be taken. Neither sees a clipped gradient.
     Raises DataError for a global batch without a single target and NonFinite, before the update, for a loss
-    or gradient that is not finite.
+    or gradient that is not finite (the gradient is still there then: `discard` forgets it).
     """
     watch = Stopwatch(layout.device.type == "cuda")
     targets = sum(float(batch.num_targets()) for batch in micro_batches)
@@ -93,6 +103,39 @@ def optimizer_step(
             "No position of this global batch is a target: there is nothing to learn in its rows."
         )
 
+    loss, auxiliary = accumulate(layout, micro_batches, total, watch)
+    loss = loss.all_reduce()
+    names = sorted(auxiliary)
+    means = layout.all_reduce([float(auxiliary[name]) / layout.world_size for name in names])
+    norm = layout.gradient_norm()
+    watch.lap("backward")
+    # DeepSpeed reports a norm that is not finite as -1.
+    shown = float(norm) if float(norm) >= 0 else math.nan
+    result = StepResult(loss, dict(zip(names, means, strict=True)), shown, wants_stop > 0, {})
+    if inspect is not None:
+        inspect(result)
+    if not result.is_finite:
+        raise NonFinite(result)
+    if before_update is not None:
+        before_update()
+    layout.step(norm)
+    watch.lap("optimizer")
+    return dataclasses.replace(result, seconds=watch.seconds())
+
+
+def accumulate(
+    layout: Layout,
+    micro_batches: Sequence[Batch],
+    total: float,
+    watch: Stopwatch | None = None,
+    *,
+    ranks: int = 1,
+) -> tuple[Sum, dict[str, Tensor]]:
+    """Forward and backward only: this rank's part of the loss and of the auxiliary losses, no graph.
+
+    total  targets of the whole global batch
+    ranks  of how many ranks this process computes the parts, one call each (a replay of a step of several ranks)
+    """
     loss, auxiliary = Sum.zero(layout.device), {}
     for number, batch in enumerate(micro_batches, 1):
         last = number == len(micro_batches)
@@ -100,27 +143,29 @@ def optimizer_step(
             part, extra = layout.objective(batch.to(layout.device, non_blocking=True))
             contribution = part.share(total) * layout.world_size
             for name, value in extra.items():
-                contribution = contribution + value / len(micro_batches)
-                auxiliary[name] = auxiliary.get(name, 0.0) + value.detach() / len(micro_batches)
-            watch.lap("forward")
+                share = value / (len(micro_batches) * ranks)
+                contribution = contribution + share
+                auxiliary[name] = auxiliary.get(name, 0.0) + share.detach()
+            if watch is not None:
+                watch.lap("forward")
             layout.backward(contribution, last=last)
-            watch.lap("backward")
+            if watch is not None:
+                watch.lap("backward")
         loss = loss + part.detach()
-
-    loss = loss.all_reduce()
-    names = sorted(auxiliary)
-    means = layout.all_reduce([float(auxiliary[name]) / layout.world_size for name in names])
-    norm = layout.gradient_norm()
-    if not (math.isfinite(loss.mean) and _is_norm(float(norm))):
-        raise NonFinite(loss, float(norm))
-    if before_update is not None:
-        before_update()
-    layout.step(norm)
-    watch.lap("optimizer")
-    return StepResult(
-        loss, dict(zip(names, means, strict=True)), float(norm), wants_stop > 0, watch.seconds()
-    )
+    return loss, auxiliary
 
 
-def _is_norm(value: float) -> bool:
-    return math.isfinite(value) and value >= 0  # DeepSpeed reports a norm that is not finite as -1
+def discard(layout: Layout) -> None:
+    """Forget the gradient of a step that is not taken: weights, optimizer and counts stay as they are. Collective."""
+    if layout.engine is None:
+        layout.optimizer.zero_grad(set_to_none=True)
+        return
+    # DeepSpeed knows one way to forget a gradient, and it clears every place that holds a part of it: a step whose
+    # gradient is not finite. A loss can be infinite over a finite gradient, and one rank alone can hold the NaN.
+    for parts in layout.engine.optimizer.averaged_gradients.values():
+        for part in parts or ():
+            part.fill_(math.nan)
+    skipped = layout.engine.skipped_steps
+    layout.engine.step()
+    if layout.engine.skipped_steps != skipped + 1:
+        raise RuntimeError("DeepSpeed took a step over a gradient that is not finite.")

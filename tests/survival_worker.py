@@ -1,0 +1,81 @@
+"""train.py with an accident planned in: run by the tests of survival, alone or by accelerate.
+
+    survival_worker.py '{"step": 4, "rank": 1, "what": "loss"}' [arguments of train.py]
+
+what: loss (the hidden states of that step are infinite), gradient (nan, under a finite loss), die (kill -9 in the
+step), infinite loss over a finite gradient (loss only)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import train
+from minilm.training import step, trainer
+
+
+def infinite(forward):
+    def poisoned(*arguments, **keywords):
+        output = forward(*arguments, **keywords)
+        output.hidden = output.hidden * math.inf
+        return output
+
+    return poisoned
+
+
+def plan(accidents):
+    """Replace the step of the trainer by one in which the accidents happen, each at its step and rank."""
+    real = trainer.optimizer_step
+    taken = []
+
+    def step_with_accidents(layout, batches, **keywords):
+        taken.append(1)
+        model, undo = layout.model, []
+        for accident in accidents:
+            if len(taken) != accident["step"] or layout.rank != accident["rank"]:
+                continue
+            if accident["what"] == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif accident["what"] == "loss":
+                forward = model.forward
+                model.forward = infinite(forward)
+                undo.append(lambda forward=forward: setattr(model, "forward", forward))
+            elif accident["what"] == "gradient":
+                handle = next(model.parameters()).register_hook(lambda gradient: gradient * math.nan)
+                undo.append(handle.remove)
+            elif accident["what"] == "loss only":
+                undo.append(_only_the_logged_loss())
+        try:
+            return real(layout, batches, **keywords)
+        finally:
+            for function in undo:
+                function()
+
+    trainer.optimizer_step = step_with_accidents
+
+
+def _only_the_logged_loss():
+    """The sum that is logged becomes infinite, the gradient stays as it is."""
+    accumulate = step.accumulate
+
+    def accumulated(*arguments, **keywords):
+        loss, auxiliary = accumulate(*arguments, **keywords)
+        return loss._replace(nats=loss.nats * math.inf), auxiliary
+
+    step.accumulate = accumulated
+    return lambda: setattr(step, "accumulate", accumulate)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    plan(json.loads(sys.argv[1]))
+    sys.exit(train.main(sys.argv[2:]))

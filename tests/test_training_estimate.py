@@ -1,0 +1,165 @@
+"""The memory estimate against measurements: tensors that autograd keeps, and the allocator's record of a whole step."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import itertools
+import json
+
+import pytest
+import torch
+
+from minilm import models
+from minilm.alignment import align
+from minilm.training import estimate, optim, passing
+from minilm.training.estimate import Spread
+from minilm.training.objective import Objective
+
+
+def a_batch(config, rows, length):
+    tokens = torch.randint(0, config.vocab_size, (rows, length + 1))
+    segments = torch.ones_like(tokens)
+    segments[:, length // 2 :] = 2
+    return align(tokens, segments)
+
+
+def bytes_kept(config, rows, length, *, autocast, cast):
+    """Storages, each once, that autograd keeps between forward and backward, without parameters and buffers."""
+    objective = Objective(models.build(config)).train()
+    if cast:
+        objective = objective.bfloat16()
+    batch = a_batch(config, rows, length)
+    own = {t.untyped_storage().data_ptr() for t in [*objective.parameters(), *objective.buffers()]}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = tensor  # kept alive: an address is not used twice
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        objective(batch)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bf16 weights"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"dropout": 0.1}, {"num_kv_heads": 4}, {"tie_embeddings": False}],
+    ids=lambda changes: ",".join(changes) or "plain",
+)
+def test_activations_are_what_autograd_keeps(attention, precision, changes):
+    config = dataclasses.replace(
+        models.preset("original", "6m"), attention=attention, num_layers=2, vocab_size=700, **changes
+    )
+    autocast, cast = precision == "autocast", precision == "bf16 weights"
+    kept = bytes_kept(config, 2, 120, autocast=autocast, cast=cast)
+    kind = "zero" if cast else "single"
+    spread = Spread(kind=kind, ranks=1, bf16=autocast or cast, device="cpu", rows=2)
+    parts = estimate.activations(config, spread, length=120, backend=attention)
+    assert sum(parts.values()) == pytest.approx(kept, rel=0.01)
+
+
+def test_activations_at_a_middle_size_are_within_the_promised_15_percent():
+    config = models.preset("original", "6m")
+    kept = bytes_kept(config, 4, 256, autocast=False, cast=False)
+    spread = Spread(kind="single", ranks=1, bf16=False, device="cpu", rows=4)
+    found = estimate.memory(config, spread, length=256, backend="sdpa", num_moments=2 * 6_065_408)
+    assert found.activations == pytest.approx(kept, rel=0.15)
+    assert found.weights == found.gradients == 4 * 6_065_408
+
+
+@pytest.mark.parametrize(("micro_batches", "recompute"), [(1, False), (3, False), (1, True)])
+def test_the_peak_is_that_of_the_allocator_over_two_whole_steps(tmp_path, micro_batches, recompute):
+    config = models.preset("original", "6m", num_layers=4, vocab_size=2000)
+    trace = tmp_path / "trace.json.gz"
+    batches = [a_batch(config, 8, 200) for _ in range(micro_batches)]
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
+        model = models.build(config)
+        passing.arrange(model, recompute=recompute, compiled=False)
+        optimizer = optim.build(model, optim.OptimConfig())
+        objective = Objective(model).train()
+        for _ in range(2):
+            for batch in batches:
+                objective(batch)[0].nats.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    profiler.export_chrome_trace(str(trace))
+    with gzip.open(trace, "rt") as file:
+        records = [e for e in json.load(file)["traceEvents"] if e.get("name") == "[memory]"]
+    # Not the trace's own total: it goes on from what earlier profiles of the process left.
+    records.sort(key=lambda event: event["ts"])
+    measured = max(itertools.accumulate(event["args"]["Bytes"] for event in records))
+    spread = Spread(
+        kind="single",
+        ranks=1,
+        bf16=False,
+        device="cpu",
+        rows=8,
+        accumulation=micro_batches,
+        recompute=recompute,
+    )
+    moments = 2 * config.num_parameters()
+    found = estimate.memory(config, spread, length=200, backend="sdpa", num_moments=moments)
+    assert found.peak == pytest.approx(measured, rel=0.15)
+
+
+def test_optimizer_state_is_what_the_optimizers_hold():
+    config = models.preset("original", "tiny")
+    for name in ("adamw", "muon"):
+        model = models.build(config)
+        optimizer = optim.build(model, optim.OptimConfig(name=name))
+        Objective(model)(a_batch(config, 2, 20))[0].nats.backward()
+        optimizer.step()
+        held = sum(
+            value.nbytes
+            for state in optimizer.state.values()
+            for key, value in state.items()
+            if key != "step" and torch.is_tensor(value)
+        )
+        moments = sum(
+            (1 if group.get("muon") else 2) * sum(p.numel() for p in group["params"])
+            for group in optimizer.param_groups
+        )
+        spread = Spread(kind="single", ranks=1, bf16=False, device="cpu", rows=2)
+        found = estimate.memory(config, spread, length=20, backend="sdpa", num_moments=moments)
+        assert found.optimizer == held
+
+
+def test_zero_shards_master_weights_moments_and_gradients_over_the_ranks():
+    config = models.preset("original", "26m")
+    n = 25_829_888
+
+    def on(ranks, **changes):
+        told = {"kind": "zero", "ranks": ranks, "bf16": True, "device": "cuda", "rows": 4} | changes
+        return estimate.memory(
+            config, Spread(**told), length=512, backend="flash", num_moments=2 * n, averages=True
+        )
+
+    for ranks in (1, 2, 8):
+        found = on(ranks)
+        assert found.weights == 2 * n  # bfloat16, whole on every rank
+        assert found.gradients == found.average == 4 * n // ranks
+        assert found.optimizer == 12 * n // ranks  # float32 weights and two moments
+    assert on(4, zero_stage=1).gradients == 4 * n
+    single = on(1, kind="single")
+    assert (single.weights, single.gradients, single.optimizer, single.buckets) == (4 * n, 4 * n, 8 * n, 0)
+    assert on(2, kind="ddp").buckets == 4 * n
+
+
+def test_a_model_without_a_derivation_gets_no_number():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Other(type(models.preset("original", "tiny"))):
+        name: str = "other"
+
+    spread = Spread(kind="single", ranks=1, bf16=False, device="cpu", rows=2)
+    found = estimate.memory(Other(), spread, length=20, backend="sdpa", num_moments=10)
+    assert found.activations is None and found.peak is None
