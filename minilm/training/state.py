@@ -65,12 +65,11 @@ class OptimizerState:
 
     def write(self, folder: Path) -> None:
         """Write optimizer.safetensors and, where there is an average, ema.safetensors."""
-        save_file(self.tensors, folder / FILE, metadata={"format": "pt", "steps": json.dumps(self.steps)})
+        # One metadata key: several are written in an order of chance, and equal states would give unequal files.
+        save_file(self.tensors, folder / FILE, metadata={"steps": json.dumps(self.steps)})
         if self.average is not None:
             contiguous = {name: value.contiguous() for name, value in self.average.items()}
-            save_file(
-                contiguous, folder / AVERAGE, metadata={"format": "pt", "updates": str(self.num_updates)}
-            )
+            save_file(contiguous, folder / AVERAGE, metadata={"updates": str(self.num_updates)})
 
 
 def optimizer_state(layout: Layout) -> OptimizerState:
