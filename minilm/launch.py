@@ -155,18 +155,7 @@ def _run(
     # Dropout must differ between ranks; the weights are the same on all, they were drawn before.
     torch.manual_seed(config.train.seed * 100_003 + layout.rank + 1)
     with Books(config, origins, layout, data, step=found.step if found else 0) as books:
-        watchers: list[Watcher] = [LayerNorms(config.train.norms_every)] if config.train.norms_every else []
-        profiler = None
-        if profile is not None and layout.is_main:
-            about = f"{config.model.name}, {config.model.num_parameters():,} parameters; {layout}"
-            profiler = StepProfiler(
-                profile,
-                config.run_folder / PROFILE,
-                layout.device,
-                message=books.progress.message,
-                about=about,
-            )
-            watchers.append(profiler)
+        watchers, profiler = _observers(config, layout, books, profile)
         trainer = Trainer(
             config.train,
             config.optim,
@@ -193,6 +182,19 @@ def _run(
     if layout.is_main:
         _farewell(config, outcome)
     return exit_code(outcome)
+
+
+def _observers(
+    config: RunConfig, layout: Layout, books: Books, profile: Steps | None
+) -> tuple[list[Watcher], StepProfiler | None]:
+    """The watchers that the settings ask for; the profiler is one of them, on the first rank."""
+    watchers: list[Watcher] = [LayerNorms(config.train.norms_every)] if config.train.norms_every else []
+    if profile is None or not layout.is_main:
+        return watchers, None
+    about = f"{config.model.name}, {config.model.num_parameters():,} parameters; {layout}"
+    place = config.run_folder / PROFILE
+    profiler = StepProfiler(profile, place, layout.device, message=books.progress.message, about=about)
+    return [*watchers, profiler], profiler
 
 
 def _start_or_resume(config: RunConfig, resume: bool, layout: Layout) -> tuple[bool, checkpoint.Found | None]:
