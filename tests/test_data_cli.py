@@ -76,6 +76,25 @@ def test_errors_are_a_paragraph_and_exit_code_2(tmp_path: Path, capsys: pytest.C
         assert expected in message and "Traceback" not in message, message
 
 
+def test_the_same_tokenizer_is_trained_once_and_another_one_is_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", texts(60))
+    words = ("tokenizer", "train", "--out", tmp_path / "t", "--source", corpus, "--vocab-size")
+    assert run(*words, 300) == 0
+    before = (tmp_path / "t" / "tokenizer.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(*words, 300) == 0
+    assert "there already" in capsys.readouterr().out
+    assert (tmp_path / "t" / "tokenizer.json").stat().st_mtime_ns == before
+    assert run(*words, 310) == 2
+    write_jsonl(corpus, texts(61))
+    assert run(*words, 300) == 2
+    assert (tmp_path / "t" / "tokenizer.json").stat().st_mtime_ns == before
+    assert run(*words, 300, "--force") == 0
+    assert (tmp_path / "t" / "tokenizer.json").stat().st_mtime_ns != before
+
+
 def test_skipped_lines_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small_tokenizer().save(tmp_path / "tokenizer")
     path = write_jsonl(tmp_path / "a.jsonl", texts(100))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +19,9 @@ Documents that a store of the same sources holds out for validation are not used
 
   minilm tokenizer train --source builtin:python --vocab-size 6400 --out tokenizers/python
 """
+
+
+_MADE_FROM = "made_from.txt"  # in the tokenizer's folder: a digest of sources and settings
 
 
 def add(subparsers: argparse._SubParsersAction) -> None:
@@ -68,21 +73,33 @@ def _train(args: argparse.Namespace) -> None:
     from minilm.data.tokenizer import Tokenizer
 
     began, out = time.monotonic(), Path(args.out)
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        if not (out / "tokenizer.json").is_file():
-            raise DataError(
-                f"{out} exists and is not a tokenizer folder: choose another name, or remove it yourself."
-            )
-        if not args.force:
-            raise DataError(f"The tokenizer {out} exists: choose another name, or replace it with --force.")
     sources = parse_sources(args.source)
     if sources[0].kind == "synthetic":
         raise DataError(f"{sources[0].place} has token ids and no text: it needs no tokenizer.")
     size = sum(source.size_bytes for source in sources)
     held_out = args.validation_fraction if args.validation_fraction is not None else default_fraction(size)
+    made_from = _digest(sources, args, held_out)
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        if not (out / "tokenizer.json").is_file():
+            raise DataError(
+                f"{out} exists and is not a tokenizer folder: choose another name, or remove it yourself."
+            )
+        mark = out / _MADE_FROM
+        if not args.force and mark.is_file() and mark.read_text(encoding="utf-8").strip() == made_from:
+            print(f"{out}: there already, from the same sources with the same settings")
+            return
+        if not args.force:
+            raise DataError(
+                f"The tokenizer {out} exists, from other sources or settings: choose another name, or replace it with "
+                "--force."
+            )
+        mark.unlink(missing_ok=True)
     texts = _Texts(sources, held_out, args.max_megabytes * 1e6, skip_bad=args.on_bad_line == "skip")
     tokenizer = Tokenizer.train(texts, args.vocab_size, show_progress=sys.stderr.isatty())
     tokenizer.save(out)
+    (out / _MADE_FROM).write_text(
+        made_from + "\n", encoding="utf-8"
+    )  # last: it says that the folder is whole
     amount = f"{texts.num_documents} documents, {texts.num_bytes / 1e6:.1f} MB"
     print(f"{out}: {tokenizer.num_tokens} tokens from {amount}, in {time.monotonic() - began:.1f} s")
     if texts.bad:
@@ -93,6 +110,13 @@ def _train(args: argparse.Namespace) -> None:
         print(
             f"The text has no more pairs to merge: {tokenizer.num_tokens} tokens instead of {args.vocab_size}."
         )
+
+
+def _digest(sources: list, args: argparse.Namespace, held_out: float) -> str:
+    """What decides the tokenizer: the files (by size and time) and the settings."""
+    settings = [args.vocab_size, args.max_megabytes, args.on_bad_line, held_out]
+    settings += [{"weight": source.weight, **source.identity()} for source in sources]
+    return hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
 
 
 class _Texts:
