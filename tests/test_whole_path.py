@@ -137,7 +137,8 @@ def test_a_sample_that_cannot_be_written_does_not_end_the_run(walked, monkeypatc
     more = ["--run.name=silent", "--train.epochs=none", "--train.steps=6"]
     assert script("train").main(["--config", str(walked / "first.yaml"), *more]) == 0
     events = [r["text"] for r in records(walked / "runs" / "silent", "event")]
-    assert "no sample: no text today" in events and "saved step-00000006" in events
+    # In this order: a process that dies while it writes text has its weights on disk.
+    assert events.index("saved step-00000006") < events.index("no sample: no text today")
 
 
 def test_bits_per_byte_is_nats_over_the_bytes_of_the_held_out_text(walked):
