@@ -57,6 +57,7 @@ FLOORS = {
     "errors": 0,
     "alignment": 1,
     "config": 1,
+    "processes": 1,
     "data": 2,
     "models": 2,
     "training": 3,
@@ -122,6 +123,8 @@ LOSSES = {"loss", "losses", "nll", "nlls", "nats"}
 LOSS_FUNCTIONS = {"cross_entropy", "nll_loss", "CrossEntropyLoss", "NLLLoss", "ForCausalLMLoss"}
 MEANS = {"mean", "nanmean", "fmean", "average"}
 
+DOCTORED = ("minilm/doctor/checks/", "minilm/doctor/specimens/")
+
 # file -> passage of its line -> why it is right there. Keep it short: each entry is a second place that shifts.
 ALLOWED: dict[str, dict[str, str]] = {
     "minilm/data/synthetic.py": {
@@ -134,6 +137,10 @@ ALLOWED: dict[str, dict[str, str]] = {
 def losses_are_made_in_alignment_only(file: File) -> Iterator[Place]:
     """Nobody else shifts, masks or averages: a second place would have to agree with the first about positions."""
     if not file.product or file.path == "minilm/alignment.py":
+        return
+    if file.path.startswith(
+        DOCTORED
+    ):  # restates losses on its own, and plants the bugs that others may not have
         return
     lines = file.text.splitlines()
     for line, problem in _shifts_and_means(file.tree):
@@ -252,7 +259,8 @@ def nothing_is_loaded_loosely(file: File) -> Iterator[Place]:
                 yield node.lineno, f"imports {name}"
         elif isinstance(node, ast.Call):
             given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
-            if given.get("strict") is False and _called(node) != "zip":
+            planted = file.path.startswith(DOCTORED)  # strict=False is one of the bugs
+            if given.get("strict") is False and _called(node) != "zip" and not planted:
                 yield node.lineno, "strict=False"
             if ast.unparse(node.func) == "torch.load" and given.get("weights_only") is not True:
                 yield node.lineno, "torch.load without weights_only=True"
