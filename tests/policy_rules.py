@@ -66,7 +66,23 @@ FLOORS = {
     "manifest": 3,
     "doctor": 4,
     # entry points and what puts the parts together for them
-    **dict.fromkeys(("run", "books", "preview", "launch", "cli", "__main__", "__init__", "train", "eval"), 5),
+    **dict.fromkeys(
+        (
+            "run",
+            "books",
+            "preview",
+            "initial",
+            "effect",
+            "start",
+            "launch",
+            "cli",
+            "__main__",
+            "__init__",
+            "train",
+            "eval",
+        ),
+        5,
+    ),
 }
 STRANGERS = {  # rooms that may not know each other although their floors would allow it
     frozenset({"alignment", "config"}),

@@ -53,10 +53,13 @@ def untouched(subject: Subject, seed: int = 0) -> Iterator[None]:
     kept = [(t, t.detach().clone()) for t in [*module.parameters(), *module.buffers()]]
     gradients = [(p, p.grad) for p in module.parameters()]
     types = [(t, t.dtype) for t, _ in kept]
+    buffers = [(m, dict(m._buffers)) for m in module.modules()]  # a cast puts new tensors in their place
     try:
         with random_states_kept(seed):
             yield
     finally:
+        for part, held in buffers:
+            part._buffers.update(held)
         with torch.no_grad():
             for (tensor, value), (_, dtype) in zip(kept, types, strict=True):
                 if tensor.dtype != dtype:
@@ -81,7 +84,7 @@ def quiet(
     Everything is put back afterwards.
     """
     module = subject.module
-    with untouched(subject, seed), _no_randomness(module), torch.autocast("cpu", enabled=False):
+    with untouched(subject, seed), no_randomness(module), torch.autocast("cpu", enabled=False):
         if module is not None:
             module.float()
             if redraw is not None:
@@ -101,7 +104,7 @@ def redraw_weights(module: nn.Module, std: float, seed: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def _no_randomness(module: nn.Module | None) -> Iterator[None]:
+def no_randomness(module: nn.Module | None) -> Iterator[None]:
     """Every float attribute that is named like a dropout, jitter or noise is 0 inside."""
     changed: list[tuple[Any, str, float]] = []
     for part in module.modules() if module is not None else ():

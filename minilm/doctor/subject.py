@@ -97,15 +97,39 @@ class DataView:
     documents   split ("train", "validation") -> token ids of each document, special tokens included, as they were
                 BEFORE they were stored: the truth that everything downstream is held against
     batches     (epoch, seed, rank, world) -> the rows that this rank is given in this epoch, in order
-    lost_targets  how many targets per epoch the owner knows to be left out (dropped rows, cuts); None: unknown
+    lost_targets  how many targets per epoch the owner knows to be left out (dropped rows, cuts); a function of
+                (epoch, seed) where it differs; None: unknown
     stored      split -> token ids as read back from storage, one stream or one list per document
+    texts       split -> the text of each document, before it was encoded
+    encoders    name of an entry point ("training", "evaluation", "prompt") -> text -> ids with which it begins a text,
+                special tokens included; an EOS at the end is not looked at
+    encode_pair  context, continuation -> ids of each, as an evaluation of continuations gives them to the model
+    resumed     (epoch, seed, rank, world, done) -> all that a loader gives, to the end of the NEXT epoch, after `done`
+                batches of `epoch` were used up and its state was saved and loaded into a new one
+    worker_rows  (epoch, seed, worker, workers) -> the rows that this worker process of the loader makes
+    sources     split -> the source of each document; weights: source -> passes over it per epoch (others: 1)
+    knowledge   -> token ids of each entry of a knowledge base that the model looks things up in
+    isolated    is a document's first token nobody's target (False: rows are one stream, by design)
+    repeated_rows  how many rows an epoch gives twice by design, over all ranks (to make ranks even)
+    excerpt     what of the data is shown, where it is not all of it ("the first 2,000 documents")
     """
 
     documents: Callable[[str], Sequence[Sequence[int]]] | None = None
     stored: Callable[[str], Sequence[Sequence[int]]] | None = None
     batches: Callable[[int, int, int, int], Iterable[Rows]] | None = None
-    lost_targets: int | None = None
-    fingerprint_of_tokenizer: str | None = None  # of the tokenizer that made the data
+    lost_targets: int | Callable[[int, int], int] | None = None
+    fingerprint_of_tokenizer: str | Mapping[str, str] | None = None  # of what made the data, or by split
+    texts: Callable[[str], Sequence[str]] | None = None
+    encoders: Mapping[str, Callable[[str], Sequence[int]]] | None = None
+    encode_pair: Callable[[str, str], tuple[Sequence[int], Sequence[int]]] | None = None
+    resumed: Callable[[int, int, int, int, int], Iterable[Rows]] | None = None
+    worker_rows: Callable[[int, int, int, int], Iterable[Rows]] | None = None
+    sources: Callable[[str], Sequence[str]] | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
+    knowledge: Callable[[], Sequence[Sequence[int]]] | None = None
+    isolated: bool = True
+    repeated_rows: int = 0
+    excerpt: str = ""
 
 
 @dataclass(kw_only=True)
@@ -118,7 +142,16 @@ class Subject:
     incremental     tokens [B, T], n -> logits [B, T, V]: the first n tokens at once, then one by one with the cache
     backends        name -> another implementation of `forward` (eager, sdpa, flash, compiled)
     reference       an independent implementation with the same weights, tokens -> logits
+    left_padding    `masked_forward` counts positions from the first real token: padding on the left changes nothing
+    windows         for each layer, how many tokens a position sees, itself included (None: all before it); None
+                    instead of the tuple: not known
+    shifted_forward tokens, offset -> logits, all positions counted from offset; only if positions are relative
+    recomputed_forward  `forward`, with activations recomputed in the backward pass
+    lowered         -> the same subject in bfloat16, brought there as its owner does it (cast, loaded, prepared)
     module          what has the parameters; train() and eval() are called on it
+    unused          parameters (patterns of names) that get no gradient by design
+    initial_stds    pattern of parameter names -> standard deviation of freshly drawn values, by the owner's rule
+    resize          module, new size of the vocabulary -> the module with that size
     fresh           its weights are freshly drawn (False: loaded or trained)
     build           seed -> a freshly drawn subject of the same kind
     loss            rows -> mean loss in nats per token that would be trained on, with its graph; auxiliary losses not
@@ -128,6 +161,7 @@ class Subject:
     total_loss      rows -> what backward is called on: loss and auxiliary losses together
     evaluate        list of batches of rows -> mean loss in nats per token, as evaluation reports it
     perplexity      the same, as perplexity
+    bits_per_byte   the same, in bits per byte of the predicted text
     continuation    prompt ids, continuation ids -> mean loss of the continuation in nats per token
     generate        list of prompts, max_new_tokens, and by keyword temperature, top_k, top_p, seed, eos_id
                     -> for each prompt the new tokens only
@@ -150,7 +184,15 @@ class Subject:
     incremental: Callable[[Tensor, int], Tensor] | None = None
     backends: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     reference: Callable[[Tensor], Tensor] | None = None
+    left_padding: bool = False
+    windows: tuple[int | None, ...] | None = None
+    shifted_forward: Callable[[Tensor, int], Tensor] | None = None
+    recomputed_forward: Callable[[Tensor], Tensor] | None = None
+    lowered: Callable[[], Subject] | None = None
     module: nn.Module | None = None
+    unused: tuple[str, ...] = ()
+    initial_stds: Mapping[str, float] = field(default_factory=dict)
+    resize: Callable[[nn.Module, int], nn.Module] | None = None
     fresh: bool = True
     build: Callable[[int], Subject] | None = None
     loss: Callable[[Rows], Tensor] | None = None
@@ -159,6 +201,7 @@ class Subject:
     total_loss: Callable[[Rows], Tensor] | None = None
     evaluate: Callable[[Sequence[Rows]], float] | None = None
     perplexity: Callable[[Sequence[Rows]], float] | None = None
+    bits_per_byte: Callable[[Sequence[Rows]], float] | None = None
     continuation: Callable[[Sequence[int], Sequence[int]], float] | None = None
     generate: Callable[..., Sequence[Sequence[int]]] | None = None
     choose: Callable[..., Tensor] | None = None
@@ -191,6 +234,10 @@ NEEDS = {
     "backends": "a second attention backend",
     "reference": "an independent implementation with the same weights",
     "module": "the torch module",
+    "left_padding": "a promise that left padding is honoured",
+    "shifted_forward": "a forward pass that counts relative positions from an offset",
+    "lowered": "the same subject in bfloat16",
+    "resize": "a function that resizes the vocabulary",
     "build": "a function that builds it afresh",
     "loss": "the training loss",
     "criterion": "the loss as a function of logits",
@@ -198,6 +245,7 @@ NEEDS = {
     "total_loss": "the loss that backward is called on",
     "evaluate": "an evaluation",
     "perplexity": "an evaluation that reports perplexity",
+    "bits_per_byte": "an evaluation that reports bits per byte",
     "continuation": "an evaluation of continuations",
     "generate": "a generator",
     "choose": "a sampler",
@@ -205,6 +253,12 @@ NEEDS = {
     "load": "a function that loads",
     "training": "a training step",
     "data": "a data pipeline",
+    "data.documents": "the documents that the data was made of",
+    "data.stored": "the token ids as read back from storage",
+    "data.batches": "the batches of an epoch",
+    "data.resumed": "a loader that can be continued",
+    "data.worker_rows": "the rows that each worker process makes",
+    "data.sources": "the source of each document",
     "tokenizer": "a tokenizer",
     "memory": "a knowledge memory",
     "router": "a mixture-of-experts router",

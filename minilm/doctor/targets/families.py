@@ -1,0 +1,160 @@
+"""What has to be known of families of Hugging Face models: small settings, and exceptions with their reasons.
+
+An exception is not a way to silence a defect: it names a property that the class has by design, and the report
+shows it. A defect of a library is a finding and stays one (docs/found.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Set on every config that has a setting of this name.
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 128),
+    **dict.fromkeys(
+        (
+            "hidden_size",
+            "n_embd",
+            "d_model",
+            "embedding_size",
+            "embed_dim",
+            "dim",
+            "emb_dim",
+            "word_embed_proj_dim",
+        ),
+        64,
+    ),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim"), 96
+    ),
+    **dict.fromkeys(
+        ("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32
+    ),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2
+    ),
+    **dict.fromkeys(
+        (
+            "num_attention_heads",
+            "n_head",
+            "n_heads",
+            "num_heads",
+            "decoder_attention_heads",
+            "encoder_attention_heads",
+        ),
+        4,
+    ),
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    "num_experts_per_tok": 2,
+    "is_decoder": True,
+}
+
+_LATENT = {  # multi-head latent attention: the head is made of a part with and a part without rotary positions
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+
+# family -> settings of its own; None takes one of SMALL away
+OWN: dict[str, dict[str, Any]] = {
+    "codegen": {"rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "deepseek_v32": {**_LATENT, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 128},
+    "axk1": _LATENT,
+    "axk2": _LATENT,
+    "youtu": _LATENT,
+    "minicpm3": {**_LATENT, "n_group": None, "topk_group": None, "first_k_dense_replace": None},
+    "dots1": {"first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "falcon": {"head_dim": None, "num_kv_heads": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
+    "mamba2": {"head_dim": 16, "num_heads": 8, "state_size": 16, "n_groups": 2, "chunk_size": 16},
+    "zaya": {"num_experts_per_tok": 1},
+    "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
+    "xlm": {"causal": True, "use_lang_emb": False, "n_langs": 1},
+    "gemma4_text": {"hidden_size_per_layer_input": 16},
+    "xlnet": {"max_position_embeddings": None, "d_inner": 96},
+    "prophetnet": {
+        "num_hidden_layers": None,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 2,
+        "num_encoder_attention_heads": 4,
+        "num_decoder_attention_heads": 4,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    **{
+        family: {"layer_types": ["linear_attention", "full_attention"]}
+        for family in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+    },
+    **{
+        family: {**_LATENT, "layer_types": ["linear_attention", "full_attention"]}
+        for family in ("bailing_hybrid", "kimi_linear")
+    },
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "layers_block_type": ["mamba", "attention"]},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "glm_moe_dsa": {**_LATENT, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 128},
+    "longcat_flash": {**_LATENT, "zero_expert_num": 2, "expert_ffn_hidden_size": 32, "ffn_hidden_size": 96},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "zamba": {"num_hidden_layers": 6, "layers_block_type": None},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0}, "ffn_config": {"ffn_hidden_size": 96}},
+}
+
+_OWN_SHIFT = "takes labels that are already shifted (its documentation says so): the caller shifts"
+_NOT_CAUSAL = "is not a causal language model by design: "
+
+# family -> check -> why the check does not apply
+EXCEPTIONS: dict[str, dict[str, str]] = {
+    "cpmant": {"causality": _NOT_CAUSAL + "a learnt prefix and the prompt are seen in both directions"},
+    "prophetnet": {"causality": _NOT_CAUSAL + "it predicts the next n-gram with several streams"},
+    "xlnet": {"causality": _NOT_CAUSAL + "a permutation language model without its permutation mask"},
+    "xlm": {},
+}
+
+# family -> check -> the defect of the library, as described in docs/found.md
+FOUND: dict[str, dict[str, str]] = {}
+
+# Decoders of encoder-decoder families: their CausalLM class compares logits and labels as they are.
+UNSHIFTED_LABELS = (
+    *(
+        "bart",
+        "bigbird_pegasus",
+        "blenderbot",
+        "blenderbot-small",
+        "marian",
+        "mbart",
+        "mvp",
+        "pegasus",
+        "plbart",
+    ),
+    *("trocr", "whisper", "xlm", "xlnet", "prophetnet", "cpmant"),
+)
+
+
+def exceptions_of(family: str) -> dict[str, str]:
+    """Check -> reason, for a family."""
+    found = dict(EXCEPTIONS.get(family, {}))
+    if family in UNSHIFTED_LABELS:
+        found |= dict.fromkeys(("loss_identity", "successor"), _OWN_SHIFT)
+    return found

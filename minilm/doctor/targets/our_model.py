@@ -1,0 +1,187 @@
+"""Models of our zoo as a subject: forward, loss, evaluation, generator, checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilm import models
+from minilm.alignment import Batch, Sum, align, score, score_hidden
+from minilm.doctor.subject import Rows, Subject
+from minilm.evaluation.generate import Sampling, choose, generate
+from minilm.evaluation.score import evaluate
+from minilm.models import folder as model_folder
+
+
+def model_subject(
+    model: nn.Module, *, tokenizer: Any = None, fresh: bool, name: str = "", config: Any = None
+) -> Subject:
+    """A subject of `model` (of our zoo, or a Hugging Face model behind our interface), on the device where it is.
+
+    fresh   its weights were just drawn
+    config  of our zoo, to draw it anew; none: it cannot be
+    """
+    ours = _Ours(model)
+    special = () if tokenizer is None else (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
+    return Subject(
+        name=name or model.config.name,
+        vocab_size=model.config.vocab_size,
+        max_length=model.config.max_length,
+        special_ids=tuple(i for i in special if i is not None),
+        module=model,
+        fresh=fresh,
+        forward=ours.forward,
+        masked_forward=ours.masked,
+        packed_forward=ours.packed,
+        incremental=ours.incremental,
+        backends=ours.backends(),
+        build=None if config is None else lambda seed: _drawn(config, seed),
+        loss=ours.loss,
+        criterion=ours.criterion,
+        auxiliary=ours.auxiliary,
+        total_loss=ours.total_loss,
+        evaluate=ours.evaluate,
+        perplexity=ours.perplexity,
+        continuation=ours.continuation,
+        generate=ours.generate,
+        choose=_choose,
+        save=model_folder.save if config is not None else None,
+        load=model_folder.load if config is not None else None,
+        tokenizer=tokenizer,
+        **_declared(model),
+    )
+
+
+def config_subject(config: Any, *, seed: int = 0, tokenizer: Any = None) -> Subject:
+    """Fresh weights of a config of our zoo."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = models.build(config)
+    return model_subject(model, tokenizer=tokenizer, fresh=True, config=config)
+
+
+def _drawn(config: Any, seed: int) -> Subject:
+    return config_subject(config, seed=seed)
+
+
+def _declared(model: nn.Module) -> dict[str, Any]:
+    """What the model promises beyond a causal forward pass: left padding is taken, positions follow segments."""
+    known = {field.name for field in dataclasses.fields(Subject)}
+    return {name: True for name in ("left_padding",) if name in known}
+
+
+class _Ours:
+    """The parts of a subject, as methods over one model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens).logits
+
+    def masked(self, tokens: Tensor, keep: Tensor) -> Tensor:
+        return self.model(tokens, segments=keep.long()).logits
+
+    def packed(self, tokens: Tensor, segments: Tensor) -> Tensor:
+        return self.model(tokens, segments=segments).logits
+
+    def incremental(self, tokens: Tensor, n: int) -> Tensor:
+        cache = self.model.new_cache(tokens.shape[0], tokens.shape[1])
+        parts = [self.model(tokens[:, :n], cache=cache).logits]
+        parts += [self.model(tokens[:, i : i + 1], cache=cache).logits for i in range(n, tokens.shape[1])]
+        return torch.cat(parts, dim=1)
+
+    def backends(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        if not hasattr(self.model.config, "attention"):
+            return {}
+
+        def through(backend: str) -> Callable[[Tensor], Tensor]:
+            def forward(tokens: Tensor) -> Tensor:
+                with self._attention(backend):
+                    return self.forward(tokens)
+
+            return forward
+
+        return {backend: through(backend) for backend in ("eager", "sdpa")}
+
+    @contextlib.contextmanager
+    def _attention(self, backend: str) -> Iterator[None]:
+        before = self.model.config
+        self.model.config = dataclasses.replace(before, attention=backend)
+        try:
+            yield
+        finally:
+            self.model.config = before
+
+    def _sum(self, rows: Rows) -> tuple[Sum, dict[str, Tensor]]:
+        batch = batch_of(rows)
+        output = self.model(batch.inputs, segments=batch.segments, positions=batch.positions)
+        head = getattr(self.model, "head_weight", None) if type(output).__name__ == "Output" else None
+        if head is None:
+            return score(output.logits, batch), dict(output.auxiliary)
+        return score_hidden(output.hidden, head, batch), dict(output.auxiliary)
+
+    def loss(self, rows: Rows) -> Tensor:
+        total, _ = self._sum(rows)
+        return total.share(total.tokens)
+
+    def auxiliary(self, rows: Rows) -> dict[str, Tensor]:
+        return self._sum(rows)[1]
+
+    def total_loss(self, rows: Rows) -> Tensor:
+        total, auxiliary = self._sum(rows)
+        return total.share(total.tokens) + sum(auxiliary.values())
+
+    def criterion(self, logits: Tensor, rows: Rows) -> Tensor:
+        batch = batch_of(rows)
+        total = score(
+            logits.narrow(1, 0, batch.shape[1]), batch
+        )  # the last position has no target in its row
+        return total.share(total.tokens)
+
+    def evaluate(self, batches: Sequence[Rows]) -> float:
+        return evaluate(self.model, map(batch_of, batches)).mean
+
+    def perplexity(self, batches: Sequence[Rows]) -> float:
+        return evaluate(self.model, map(batch_of, batches)).perplexity
+
+    def continuation(self, prompt: Sequence[int], continuation: Sequence[int]) -> float:
+        tokens = torch.tensor([[*prompt, *continuation]])
+        learn = torch.arange(tokens.shape[1])[None] >= len(prompt)
+        return self.evaluate([Rows(tokens, torch.ones_like(tokens), learn)])
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        **options: Any,
+    ) -> list[list[int]]:
+        written = generate(
+            self.model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, **options
+        )
+        return [sample.tokens for sample in written]
+
+
+def batch_of(rows: Rows) -> Batch:
+    """The doctor's unshifted rows through the alignment layer."""
+    return align(rows.tokens, rows.segments, rows.learn)
+
+
+def _choose(logits: Tensor, **options: Any) -> Tensor:
+    seed = options.pop("seed", 0)
+    uniform = torch.rand(logits.shape[0], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    options.pop("eos_id", None)
+    return choose(logits, Sampling(max_new_tokens=1, seed=seed, **options), uniform)
+
+
+def checkpoint_folder_of(path: Path) -> bool:
+    """Is `path` a folder of one of our models."""
+    return (path / model_folder.WEIGHTS).is_file() and (path / "model.json").is_file()

@@ -1,0 +1,153 @@
+"""`minilm.examine(target)`: from what the user names to a subject, and from a subject to findings.
+
+TARGET                       examined
+runs/first, a checkpoint     the trained model, its data, its training step, its checkpoint, its generation
+experiment.yaml              the same with fresh weights, as the run would start
+a Hugging Face folder        the model, its loss, cache and generator
+hf:FAMILY                    a tiny random model of any causal LM family that transformers knows
+path/file.py:factory         what the factory returns: a Subject, a module, a function tokens -> logits
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minilm.doctor.core import Check, Finding, run_checks, select
+from minilm.doctor.report import Examination
+from minilm.doctor.subject import Subject
+from minilm.errors import ConfigError, MinilmError
+
+if TYPE_CHECKING:
+    from minilm.run import RunConfig
+
+FORMS = "a run folder or checkpoint, a settings file (.yaml), a Hugging Face folder, hf:FAMILY, path/file.py:factory"
+
+
+def examine(
+    target: Any,
+    *,
+    data: str | None = None,
+    suite: str = "full",
+    only: Iterable[str] = (),
+    watch: Callable[[Finding], object] | None = None,
+    **parts: Any,
+) -> Examination:
+    """Run the checks of a suite ("quick" or "full"), or those named in `only`, on a target.
+
+    target  as on the command line (see this module's text), or an object: Subject, module, Hugging Face model or
+            transformers.Trainer, function from tokens [B, T] to logits [B, T, V]
+    data    a store folder, in place of the one that the run names
+    watch   called with each finding as it comes
+    parts   further fields of `minilm.Subject`
+
+    Raises ConfigError, DataError or CheckpointError for a target that cannot be read.
+    """
+    chosen = chosen_checks(suite, only)
+    subject = subject_of(target, data=data, **parts)
+    findings = []
+    for finding in run_checks(subject, chosen):
+        findings.append(finding)
+        if watch is not None:
+            watch(finding)
+    return Examination(subject.name, _suite_name(suite, only), findings, _about(subject))
+
+
+def chosen_checks(suite: str, only: Iterable[str]) -> list[Check]:
+    """`select`, with a user's error for an unknown name."""
+    try:
+        return select(suite, only)
+    except ValueError as error:
+        raise ConfigError(f"--only: {error}") from error
+
+
+def subject_of(target: Any, *, data: str | None = None, **parts: Any) -> Subject:
+    """The subject that a target names."""
+    if isinstance(target, str | Path):
+        subject = _named(str(target), data)
+    else:
+        from minilm.doctor.targets.foreign import subject_of_object
+
+        subject = subject_of_object(target)
+    return subject.but(**parts) if parts else subject
+
+
+def _named(text: str, data: str | None) -> Subject:
+    from minilm.doctor.targets import foreign, huggingface
+
+    path = Path(text)
+    if text.startswith("hf:"):
+        return huggingface.family_subject(text.removeprefix("hf:"))
+    if ":" in text and Path(text.rpartition(":")[0]).suffix == ".py":
+        return foreign.factory_subject(text)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return _of_settings(path, data)
+    if path.is_dir():
+        if huggingface.is_huggingface_folder(path):
+            return huggingface.folder_subject(path)
+        return _of_checkpoint(path, data)
+    raise ConfigError(f"{text} is none of these: {FORMS}.")
+
+
+def _of_checkpoint(path: Path, data: str | None) -> Subject:
+    from minilm.doctor.targets.our_model import model_subject
+    from minilm.run import load_checkpoint
+
+    loaded = load_checkpoint(path)
+    subject = model_subject(
+        loaded.model,
+        tokenizer=loaded.tokenizer,
+        fresh=False,
+        name=str(loaded.folder),
+        config=loaded.model.config,
+    )
+    if loaded.config is None:
+        return subject
+    config = loaded.config
+    if data is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=data))
+    return _with_surroundings(subject, config, required=data is not None)
+
+
+def _of_settings(path: Path, data: str | None) -> Subject:
+    from minilm.data.loader import open_data
+    from minilm.doctor.targets.our_model import config_subject
+    from minilm.run import load_config, with_vocabulary
+
+    overrides = [] if data is None else [f"data.store={data}"]
+    resolved = load_config(path, overrides)
+    opened = open_data(resolved.value.data)
+    config = with_vocabulary(resolved, opened.train.store)
+    subject = config_subject(config.model, seed=config.train.seed, tokenizer=opened.tokenizer)
+    return _with_surroundings(subject.but(name=str(path)), config, required=True)
+
+
+def _with_surroundings(subject: Subject, config: RunConfig, *, required: bool) -> Subject:
+    """Data and training step of a run; where the store is gone and was not asked for, the model alone."""
+    from minilm.data.loader import open_data
+    from minilm.doctor.targets.our_data import data_view
+    from minilm.doctor.targets.our_training import training_of
+
+    try:
+        data = open_data(config.data)
+    except MinilmError:
+        if required:
+            raise
+        return subject
+    return subject.but(data=data_view(data, config), tokenizer=data.tokenizer, training=training_of(config))
+
+
+def _about(subject: Subject) -> dict[str, Any]:
+    import torch
+
+    about: dict[str, Any] = {"torch": torch.__version__, "vocabulary": subject.vocab_size}
+    if subject.module is not None:
+        about["parameters"] = f"{sum(p.numel() for p in subject.module.parameters()):,}"
+    return about
+
+
+def _suite_name(suite: str, only: Iterable[str]) -> str:
+    names: Sequence[str] = list(only)
+    return f"only {', '.join(names)}" if names else suite
