@@ -30,6 +30,11 @@ def subject_of_object(given: Any, **parts: Any) -> Subject:
 
         subject = huggingface_subject(given, fresh=parts.pop("fresh", False))
         return subject.but(**parts) if parts else subject
+    if _is_trainer(given):
+        from minilm.doctor.targets.hf_trainer import trainer_subject
+
+        subject = trainer_subject(given)
+        return subject.but(**parts) if parts else subject
     if not callable(given):
         raise ConfigError(
             f"{type(given).__name__} cannot be examined: give a module, a function from tokens to logits, or a Subject."
@@ -121,3 +126,11 @@ def _is_huggingface(given: Any) -> bool:
     from transformers import PreTrainedModel
 
     return isinstance(given, PreTrainedModel)
+
+
+def _is_trainer(given: Any) -> bool:
+    if "transformers" not in sys.modules:
+        return False
+    from transformers import Trainer
+
+    return isinstance(given, Trainer)

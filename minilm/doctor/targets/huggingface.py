@@ -169,10 +169,7 @@ class _Theirs:
             self.model.set_attn_implementation(before)
 
     def loss(self, rows: Rows) -> Tensor:
-        real = rows.segments > 0
-        asked = torch.where(rows.learn & real, rows.tokens, IGNORED)
-        mask = {} if bool(real.all()) else {"attention_mask": real.long()}
-        return self.model(input_ids=rows.tokens, **_labelled(asked), **mask, **self.uncached).loss
+        return self.model(**hugging_face_inputs(rows), **self.uncached).loss
 
     def generate(
         self,
@@ -211,9 +208,11 @@ class _Theirs:
         return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new]
 
 
-def _labelled(asked: Tensor) -> dict[str, Tensor]:
-    """The keyword of Hugging Face's own loss: the border at which its convention begins."""
-    return {"labels": asked}
+def hugging_face_inputs(rows: Rows) -> dict[str, Tensor]:
+    """Rows in the convention of Hugging Face's own losses: labels are the unshifted tokens, -100 where ignored."""
+    real = rows.segments > 0
+    given = {"input_ids": rows.tokens, "labels": torch.where(rows.learn & real, rows.tokens, IGNORED)}
+    return given if bool(real.all()) else {**given, "attention_mask": real.long()}
 
 
 def is_huggingface_folder(path: Path) -> bool:
