@@ -3,6 +3,7 @@
     python train.py --config run_file/quickstart.yaml --optim.learning_rate=3e-4
     accelerate launch --config_file run_file/accelerate/zero2.yaml train.py --config FILE --section.key=value
     python train.py --config FILE --resume
+    python train.py --config FILE --run.name=second --init-from runs/first
     python train.py --config FILE --dry-run
     python train.py --config FILE --profile 10:13
 
@@ -22,6 +23,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings, or a run folder")
     parser.add_argument("--resume", action="store_true", help="continue the run from its newest checkpoint")
     parser.add_argument(
+        "--init-from",
+        metavar="PATH",
+        help="begin with the weights of a run, a checkpoint or a Hugging Face folder (train.init_from)",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="show what would be trained, with its memory, and stop"
     )
     parser.add_argument(
@@ -35,6 +41,9 @@ def main(argv: list[str]) -> int:
         parser.print_help()
         print_settings()
         return 0
+
+    if arguments.init_from is not None:
+        settings.append(f"--train.init_from={arguments.init_from}")
 
     def run() -> int:
         from minilm.launch import train

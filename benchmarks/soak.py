@@ -3,11 +3,14 @@
     python benchmarks/soak.py --kills 20                   one process
     python benchmarks/soak.py --kills 20 --ranks 2         two, by accelerate with DeepSpeed ZeRO-2
 
-Each trial starts `train.py --resume`, waits for a random moment (while it starts, between two steps, or at an offset
-that can fall into a save) and sends kill -9: to all processes or, with two ranks, sometimes to one rank alone. Then
-the run may finish. Final weights, optimizer state and every number in the train lines of metrics.jsonl (but for
-times and memory) must be those of the undisturbed run, bit for bit. Exit code 0 if so, 1 if not; the report
-(OUT/soak.json) has a record of each trial.
+Each trial starts `train.py --resume`, waits for a moment and sends kill -9: to all processes or, with two ranks,
+sometimes to one rank alone. A third of the trials aims into a save: at a random offset after a folder `.saving-` has
+appeared in checkpoints/. The others take a random moment while it starts, or after a step. Then the run may finish.
+Final weights, optimizer state and every number in the train lines of metrics.jsonl (but for times and memory) must be
+those of the undisturbed run, bit for bit. Exit code 0 if so, 1 if not.
+
+OUT/soak.json has a record of each trial: the moment, where it stood, what it left behind, what was found at the next
+start (checkpoint to go on from, half-written and damaged ones) and how many steps and seconds were lost.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from minilm.training import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ("seconds/", "memory/", "tokens_per_second", "mfu", "unix_seconds")  # differ between any two runs
@@ -79,6 +84,11 @@ def soak(
     last = _Process(out, store, "killed", ranks, steps)
     errors = last.wait()
     report |= {"finish_code": last.code, "differences": _differences(out / "killed", reference)}
+    for number, trial in enumerate(report["trials"], 1):
+        if trial["damaged"]:
+            report["differences"].append(f"kill {number} left damaged checkpoints: {trial['damaged']}")
+    if leftovers := sorted(p.name for p in (out / "killed" / "checkpoints").glob(".*")):
+        report["differences"].append(f"the end of the run has leftovers of earlier kills: {leftovers}")
     if last.code != 0:
         report["differences"].append(f"the last start ended with {last.code}: {errors[-1000:]}")
     report["seconds"] = time.perf_counter() - began
@@ -90,28 +100,66 @@ def _trial(
     out: Path, store: Path, ranks: int, steps: int, draw: random.Random, *, startup: float
 ) -> dict[str, Any]:
     run = out / "killed"
-    before = _last_step(run)
+    trial: dict[str, Any] = {"stood_at_step": _last_step(run), "aimed": _aim(draw)}
+    newest, changed = _newest(run), _last_change(run)
     process = _Process(out, store, "killed", ranks, steps)
-    trial: dict[str, Any] = {"stood_at_step": before}
-    if draw.random() < 0.2:
-        trial["moment"] = "while it starts"
+    if trial["aimed"] == "while it starts":
         process.sleep(draw.uniform(0, startup))
+    elif trial["aimed"] == "in a save":
+        # Half of the offsets are shorter than such a small save takes, the others reach the rename and the pruning.
+        offset = draw.choice((draw.uniform(0, 0.004), draw.uniform(0, 0.02)))
+        skipped = draw.randint(0, 2)  # saves that are let pass
+        seen: set[str] = set()
+        while process.code is None and len(seen) <= skipped:
+            seen |= {path.name for path in (run / "checkpoints").glob(".saving-*")}
+            process.sleep(0.0005)
+        process.sleep(offset)
+        trial["moment"] = f"{offset * 1000:.1f} ms after {max(seen, default='nothing')} appeared"
     else:
-        newest = max((int(p.name.split("-")[1]) for p in (run / "checkpoints").glob("step-*")), default=0)
-        # Up to two saves further; the offset lets the kill fall into whatever happens there.
         target, offset = newest + draw.randint(1, 15), draw.uniform(0, 0.15)
-        trial["moment"] = f"{offset:.3f} s after step {target}"
-        while process.code is None and not newest < _last_step(run) >= target:
+        # Lines that an earlier start left are no sign of this one: it begins by moving them away.
+        while process.code is None and not (
+            _last_change(run) != changed and newest < _last_step(run) >= target
+        ):
             process.sleep(0.01)
         process.sleep(offset)
+        trial["moment"] = f"{offset:.3f} s after step {target}"
     alone = ranks > 1 and draw.random() < 0.4
     trial["killed"] = process.kill_one_rank(draw) if alone else process.kill_all()
     process.wait()
     trial |= {"code": process.code, "seconds": process.seconds, "died_at_step": _last_step(run)}
-    trial["left_behind"] = sorted(p.name for p in (run / "checkpoints").glob(".*"))
     if process.code in (1, 2):
         trial["message"] = process.errors()[-600:]
-    return trial
+    return trial | _found(run)
+
+
+def _aim(draw: random.Random) -> str:
+    return draw.choices(("in a save", "while it starts", "after a step"), (2, 1, 3))[0]
+
+
+def _last_change(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.stat().st_mtime_ns if path.is_file() else 0
+
+
+def _newest(run: Path) -> int:
+    return max((int(p.name.split("-")[1]) for p in (run / "checkpoints").glob("step-*")), default=0)
+
+
+def _found(run: Path) -> dict[str, Any]:
+    """What the next start will find, and what has to be done again."""
+    folder = run / "checkpoints"
+    found = checkpoint.list_checkpoints(folder)
+    damaged = {c.step: problems for c in found if (problems := checkpoint.damage(c.folder))}
+    newest = max((c.step for c in found if c.step not in damaged), default=0)
+    again = [line for line in _train_lines(run, measured=True) if line["step"] > newest]
+    return {
+        "left_behind": sorted(p.name for p in folder.glob(".*")),
+        "damaged": damaged,  # none may be: a folder with its final name is whole
+        "goes_on_from_step": newest,
+        "steps_lost": len(again),
+        "seconds_lost": round(sum(line["seconds/step"] for line in again), 3),
+    }
 
 
 class _Process:
@@ -205,13 +253,13 @@ def _differences(run: Path, reference: Path) -> list[str]:
     return found
 
 
-def _train_lines(run: Path) -> list[dict[str, Any]]:
+def _train_lines(run: Path, *, measured: bool = False) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         return []
     lines = [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     return [
-        {key: value for key, value in line.items() if not key.startswith(MEASURED)}
+        {key: value for key, value in line.items() if measured or not key.startswith(MEASURED)}
         for line in lines
         if line["kind"] == "train"
     ]
@@ -259,6 +307,11 @@ def main() -> int:
     )  # fmt: skip
     for difference in report["differences"]:
         print(f"DIFFERENT: {difference}")
+    trials = report["trials"]
+    in_saves = sum(any(name.startswith(".saving-") for name in trial["left_behind"]) for trial in trials)
+    print(
+        f"{in_saves} kills left a half-written save; {sum(t['steps_lost'] for t in trials)} steps done again"
+    )
     print(f"{arguments.kills} kills, {len(report['differences'])} differences; {arguments.out / 'soak.json'}")
     return 1 if report["differences"] else 0
 

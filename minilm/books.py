@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from minilm import manifest
@@ -12,7 +13,9 @@ from minilm.config import flatten
 from minilm.data.loader import Data, Loader
 from minilm.errors import MinilmError
 from minilm.run import RunConfig, write_config
-from minilm.track import Console, Tracker
+from minilm.track import Console, Tracker, read_metrics
+from minilm.track.metrics import FILE as METRICS
+from minilm.training import checkpoint
 from minilm.training.layout import Layout
 from minilm.training.trainer import Outcome, Trainer
 
@@ -25,6 +28,7 @@ class Silent:
     def event(self, step: int, text: str, **values: Any) -> None: ...
     def sync(self) -> None: ...
     def resume_at(self, step: int) -> None: ...
+    def go_back(self, step: int, into: Path | None) -> None: ...
     def start(self, total_steps: int, initial: int = 0) -> None: ...
     def update(self, step: int, stats: Mapping[str, Any]) -> None: ...
     def message(self, text: str) -> None: ...
@@ -33,24 +37,38 @@ class Silent:
 class Books:
     """Opens the books of a run; `with` closes them, saying how it ended. `outcome` is set when it has one.
 
-    step: where the run stands (0, or the step of the checkpoint that it resumes from).
+    step: where the run stands (0, or the step of the checkpoint that it resumes from). source: of the weights that
+    it begins with, if they are those of another run.
     """
 
     def __init__(
-        self, config: RunConfig, origins: dict[str, str], layout: Layout, data: Data, *, step: int
+        self,
+        config: RunConfig,
+        origins: Mapping[str, str],
+        layout: Layout,
+        data: Data,
+        *,
+        step: int,
+        source: dict[str, Any] | None = None,
     ) -> None:
         self.outcome: Outcome | None = None
         self.log: Any = Silent()
         self.progress: Any = Silent()
         self._config, self._layout, self._data = config, layout, data
         self._open: tuple[Console, Tracker, manifest.Manifest] | None = None
+        self._start = step
+        self._trainer: Trainer | None = None
         if layout.is_main:
-            self._open = self._opened(origins, step)
+            self._open = self._opened(origins, step, source)
             self.progress, self.log, _ = self._open
 
-    def _opened(self, origins: dict[str, str], step: int) -> tuple[Console, Tracker, manifest.Manifest]:
+    def _opened(
+        self, origins: Mapping[str, str], step: int, source: dict[str, Any] | None
+    ) -> tuple[Console, Tracker, manifest.Manifest]:
         config, layout, store = self._config, self._layout, self._data.train.store
         folder, settings, entropy = config.run_folder, flatten(config), store.entropy
+        if not computed(folder):
+            _forget_failed_start(folder)
         write_config(config)
         record = manifest.begin(
             folder,
@@ -62,6 +80,8 @@ class Books:
             layout=layout.facts(),
             step=step,
         )
+        if source is not None:
+            record.update(initial_weights=source)
         console = Console(folder, log_every=config.track.log_every)
         tracker = Tracker(
             folder,
@@ -74,7 +94,8 @@ class Books:
         return console, tracker, record
 
     def announce(self, loader: Loader, trainer: Trainer) -> None:
-        """What is about to happen, in four lines."""
+        """What is about to happen, in four lines. The manifest will say how far this trainer got."""
+        self._trainer = trainer
         say, model, rows = self.progress.message, self._config.model, self._data.train
         left_over = f", {loader.dropped_rows} rows of each epoch left over" if loader.dropped_rows else ""
         say(f"run     {self._config.run_folder}")
@@ -103,7 +124,7 @@ class Books:
         results = {}
         if self.outcome is not None:
             results = {"loss": self.outcome.loss, "validation_loss": self.outcome.validation_loss}
-        step = self.outcome.step if self.outcome else None
+        step = self._trainer.step if self._trainer is not None else self._start
         try:
             with contextlib.ExitStack() as last:  # each is done, whatever becomes of the others
                 last.callback(console.close)
@@ -114,3 +135,26 @@ class Books:
                 raise
             # The full disk that ended the run refuses its last lines, too: the user must read what came first.
             print(f"the run's last lines could not be written: {problem}", file=sys.stderr)
+
+
+def in_use(run_folder: Path) -> str:
+    """What a second run of the same name is told."""
+    state = manifest.state_of(run_folder) if (run_folder / manifest.FILE).is_file() else "of unknown state"
+    return (
+        f"The run folder {run_folder} is in use (its run: {state}). Continue it with --resume, or give another "
+        "--run.name."
+    )
+
+
+def computed(run_folder: Path) -> bool:
+    """Has the run done a step? A start that failed before (no memory, no disk) takes no name and binds no setting."""
+    metrics = run_folder / METRICS
+    if checkpoint.list_checkpoints(run_folder / "checkpoints"):
+        return True
+    return metrics.is_file() and any(True for _ in read_metrics(metrics, "train"))
+
+
+def _forget_failed_start(run_folder: Path) -> None:
+    """Books that begin with a failed start would show its settings as those of the run. log.txt keeps its story."""
+    for name in (METRICS, manifest.FILE):
+        (run_folder / name).unlink(missing_ok=True)

@@ -23,6 +23,10 @@ class CheckpointError(MinilmError):
     """A checkpoint is missing, torn, damaged, or belongs to another model, data set or layout."""
 
 
+class OutOfMemory(MinilmError):
+    """The device has not enough memory for what the settings ask."""
+
+
 class CheckFailed(MinilmError):
     """A correctness check found something that would make the numbers of this run wrong."""
 

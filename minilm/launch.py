@@ -5,24 +5,25 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from minilm import models, preview
+from minilm import initial, manifest, models, preview
 from minilm.alignment import Sum
 from minilm.books import Books
 from minilm.config import Resolved, flatten
-from minilm.data.loader import Data, Loader, open_data, validation_batches
-from minilm.errors import ConfigError
+from minilm.data.loader import Data, open_data, validation_batches
 from minilm.evaluation.generate import generate
 from minilm.evaluation.score import evaluate
 from minilm.evaluation.text import byte_lengths_of
 from minilm.models import folder as model_folder
-from minilm.run import CONFIG, RunConfig, load_config, with_vocabulary
-from minilm.training import checkpoint, optim, passing
+from minilm.run import RunConfig, with_vocabulary
+from minilm.start import Start, begin, memory_explained
+from minilm.track import read_metrics
+from minilm.training import optim, passing
+from minilm.training.agreement import same_on_all
 from minilm.training.layout import Layout
 from minilm.training.limits import deterministic
 from minilm.training.lock import locked
@@ -33,33 +34,6 @@ from minilm.training.watch import LayerNorms, Watcher
 
 SAMPLES = "samples.md"
 PROFILE = "profile"
-
-# Settings that change no weight and no logged training loss: how often something is looked at, where things lie,
-# and how the same global batch is cut.
-_FREE_ON_RESUME = (
-    *(
-        "run.",
-        "track.",
-        "sample.",
-        "data.store",
-        "data.validation_store",
-        "data.prefetch",
-        "train.micro_batch",
-    ),
-    *(
-        "train.ranks",
-        "train.device",
-        "train.keep_",
-        "train.save_every",
-        "train.sample_every",
-        "train.validat",
-        "train.activation_checkpointing",
-        "train.max_",
-        "train.on_nonfinite",
-        "train.skip_budget",
-        "train.spike_factor",
-    ),
-)
 
 
 def train(
@@ -85,103 +59,96 @@ def _train(
 ) -> int:
     data = open_data(resolved.value.data)
     config = with_vocabulary(resolved, data.train.store)
+    same_on_all(layout, {**_shared(config), "the store's fingerprint": data.train.store.fingerprint})
     if dry_run:
-        return _preview(layout, config, resolved.origins, data, resume, profile)
+        return _preview(begin(layout, config, resolved.origins, data, resume=resume, profile=profile))
     with locked(layout, config.run_folder):
-        return _run(layout, config, resolved.origins, data, resume, profile)
+        start = begin(layout, config, resolved.origins, data, resume=resume, profile=profile)
+        with memory_explained(start):
+            return _run(start, profile)
 
 
-def _preview(
-    layout: Layout,
-    config: RunConfig,
-    origins: dict[str, str],
-    data: Data,
-    resume: bool,
-    profile: Steps | None,
-) -> int:
-    """What a real start checks before it writes, and a page in place of the training."""
-    _, found = _start_or_resume(config, resume, layout)
-    plan = preview.Plan(
-        config, origins, layout, data, _loader(config, layout, data), found.step if found else 0
-    )
-    if profile is not None:
-        profile.check(done=plan.step, num_steps=plan.num_steps)
-    if layout.is_main:
-        preview.show(plan, Console())
+def _shared(config: RunConfig) -> dict[str, Any]:
+    """The settings that every process must have; a store may lie elsewhere on another machine."""
+    own = ("data.store", "data.validation_store", "data.prefetch")
+    return {name: value for name, value in flatten(config).items() if name not in own}
+
+
+def _preview(start: Start) -> int:
+    """A page in place of the training."""
+    if start.layout.is_main:
+        console = Console()
+        preview.show(start, console)
+        for line in start.idle:
+            console.print(f"warning: {line}", markup=False, highlight=False)
     return 0
 
 
-def _loader(config: RunConfig, layout: Layout, data: Data) -> Loader:
-    return Loader(
-        data.train,
-        batch_rows=config.train.batch_size,
-        micro_batch=layout.micro_batch,
-        rank=layout.rank,
-        world=layout.world_size,
-        seed=config.train.seed,
-        prefetch=config.data.prefetch,
-    )
-
-
-def _run(
-    layout: Layout,
-    config: RunConfig,
-    origins: dict[str, str],
-    data: Data,
-    resume: bool,
-    profile: Steps | None,
-) -> int:
-    used, found = _start_or_resume(config, resume, layout)
-    model = _model(config, layout, found)
+def _run(start: Start, profile: Steps | None) -> int:
+    config, layout, data, found = start.config, start.layout, start.data, start.found
+    if start.is_complete:
+        return _close_books(start)
+    model, source = _model(start)
     layout.prepare(
         Objective(model).to(layout.device), optim.build(model, config.optim), ema_decay=config.train.ema_decay
     )
-    loader = _loader(config, layout, data)
-    num_steps = config.train.num_steps(loader.steps_per_epoch)
-    if config.optim.warmup_steps > num_steps:
-        raise ConfigError(
-            f"optim.warmup_steps: {config.optim.warmup_steps} steps of warm-up do not fit into the {num_steps} steps "
-            f"that train.epochs {config.train.epochs} makes."
-        )
-    if found is not None and found.step >= num_steps:
-        if layout.is_main:
-            print(
-                f"{config.run_folder} is finished: {found.folder.name} of {num_steps} steps.", file=sys.stderr
-            )
-        return 0
-    if profile is not None:
-        profile.check(done=found.step if found else 0, num_steps=num_steps)
-    length = config.data.sequence_length
     # Dropout must differ between ranks; the weights are the same on all, they were drawn before.
     torch.manual_seed(config.train.seed * 100_003 + layout.rank + 1)
-    with Books(config, origins, layout, data, step=found.step if found else 0) as books:
+    with Books(config, start.origins, layout, data, step=start.step, source=source) as books:
         watchers, profiler = _observers(config, layout, books, profile)
-        trainer = Trainer(
-            config.train,
-            config.optim,
-            layout=layout,
-            loader=loader,
-            run_folder=config.run_folder,
-            log=books.log,
-            progress=books.progress,
-            validate=_validation(config, layout, data),
-            sample=_sampling(config, layout, data),
-            tokenizer=data.tokenizer,
-            watchers=watchers,
-            around_step=profiler.around if profiler else contextlib.nullcontext,
-            flops_per_step=config.train.batch_size * length * config.model.training_flops_per_token(length),
-        )
-        books.announce(loader, trainer)
-        with loader, profiler or contextlib.nullcontext():
+        trainer = _trainer(start, books, watchers, profiler)
+        books.announce(start.loader, trainer)
+        for line in start.idle:
+            books.progress.message(f"warning: {line}")
+        with start.loader, profiler or contextlib.nullcontext():
             if found is not None:
                 trainer.resume(found)
-            elif used:  # killed before its first save: the same run from its first step
+            elif start.used:  # killed before its first save: the same run from its first step
                 books.log.resume_at(0)
+            if source is not None:
+                books.log.event(0, f"begins with the weights of {start.source}", show=True)
             outcome = trainer.run()
         books.outcome = outcome
     if layout.is_main:
         _farewell(config, outcome)
     return exit_code(outcome)
+
+
+def _trainer(start: Start, books: Books, watchers: list[Watcher], profiler: StepProfiler | None) -> Trainer:
+    config, layout, data, length = start.config, start.layout, start.data, start.config.data.sequence_length
+    return Trainer(
+        config.train,
+        config.optim,
+        layout=layout,
+        loader=start.loader,
+        run_folder=config.run_folder,
+        log=books.log,
+        progress=books.progress,
+        validate=_validation(config, layout, data),
+        sample=_sampling(config, layout, data),
+        tokenizer=data.tokenizer,
+        watchers=watchers,
+        around_step=profiler.around if profiler else contextlib.nullcontext,
+        flops_per_step=config.train.batch_size * length * config.model.training_flops_per_token(length),
+        validation_store=start.validation_fingerprint,
+    )
+
+
+def _close_books(start: Start) -> int:
+    """The last step is done and saved. A run that was killed right then has no end in its books: they get it now."""
+    found, folder = start.found, start.config.run_folder
+    assert found is not None
+    if start.layout.is_main:
+        has_end = (folder / manifest.FILE).is_file() and manifest.state_of(folder) == "finished"
+        print(f"{folder} is finished: {found.folder.name} of {start.num_steps} steps.", file=sys.stderr)
+        if not has_end:
+            loss = next((r["loss"] for r in read_metrics(folder, "train") if r["step"] == found.step), None)
+            validation = found.trainer.get("validation_loss")
+            with Books(start.config, start.origins, start.layout, start.data, step=found.step) as books:
+                books.log.resume_at(found.step)
+                books.outcome = Outcome("finished", found.step, loss, validation)
+            print(f"Its manifest and {folder / 'loss.png'} were completed.", file=sys.stderr)
+    return 0
 
 
 def _observers(
@@ -197,60 +164,18 @@ def _observers(
     return [*watchers, profiler], profiler
 
 
-def _start_or_resume(config: RunConfig, resume: bool, layout: Layout) -> tuple[bool, checkpoint.Found | None]:
-    """Is the run folder in use (allowed with --resume only), and the checkpoint to continue from, if it has one."""
-    folder = config.run_folder
-    used = (folder / "metrics.jsonl").is_file() or bool(checkpoint.list_checkpoints(folder / "checkpoints"))
-    layout.barrier()  # nobody looks after the first rank has begun to write
-    if not resume:
-        if used:
-            raise ConfigError(
-                f"The run folder {folder} is in use. Continue it with --resume, or give another --run.name."
-            )
-        return False, None
-    if used:
-        _refuse_changes(config, folder)
-    if not checkpoint.list_checkpoints(folder / "checkpoints"):
-        return used, None
-    found, damaged = checkpoint.find(folder)
-    for line in damaged if layout.is_main else ():
-        print(f"damaged checkpoint passed over: {line}", file=sys.stderr)
-    # train.precision auto follows the machine and the launcher: what it stood for must not change unseen.
-    before, now = found.trainer["layout"]["precision"], layout.facts()["precision"]
-    if before != now:
-        raise ConfigError(
-            f"The run was trained in {before}, and here train.precision {config.train.precision} means {now}. Give "
-            f"--train.precision={before} to go on with it, or another --run.name to start a new run."
-        )
-    return used, found
-
-
-def _refuse_changes(config: RunConfig, folder: Path) -> None:
-    """A resumed run is the run that was never interrupted: settings that change its numbers must be as before."""
-    before, now = flatten(load_config(folder / CONFIG).value), flatten(config)
-    changed = [
-        f"{key}: {before.get(key)!r} before, {now[key]!r} now"
-        for key in now
-        if before.get(key) != now[key]
-        and not key.startswith(_FREE_ON_RESUME)
-        and not (key == "train.precision" and "auto" in (before.get(key), now[key]))
-    ]
-    if changed:
-        raise ConfigError(
-            "These settings decide the numbers of the run and differ from those it was started with: "
-            + "; ".join(changed)
-            + ". Give the old ones to resume, or another --run.name to start a new run."
-        )
-
-
-def _model(config: RunConfig, layout: Layout, found: checkpoint.Found | None) -> torch.nn.Module:
+def _model(start: Start) -> tuple[torch.nn.Module, dict[str, Any] | None]:
+    """The model with the weights that the run begins with here; and where they come from, if from another one."""
+    config, source = start.config, None
     torch.manual_seed(config.train.seed)
     model = models.build(config.model)
-    if found is not None:
-        model_folder.load_weights(model, found.folder)
+    if start.found is not None:
+        model_folder.load_weights(model, start.found.folder)
+    elif start.source is not None:
+        source = initial.take_over(model, start.source)
     recompute = config.train.activation_checkpointing == "blocks"
     passing.arrange(model, recompute=recompute, compiled=config.train.compile)
-    return model.to(layout.device)
+    return model.to(start.layout.device), source
 
 
 def _validation(config: RunConfig, layout: Layout, data: Data) -> Callable[[], Sum] | None:

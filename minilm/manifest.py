@@ -5,7 +5,8 @@
     manifest.finish("finished", step=5000, results={"validation_loss": 2.31})
 
 One file for the life of a run folder: a resume adds an entry to `resumes`, with what differs from the start.
-It is written at once, so that a run that is killed leaves one too, with the state "running". Rank 0 writes it.
+It is written at once, so that a run that is killed leaves one too, with the state "running"; `state_of` tells it from
+one that runs, by the process that is named there. Rank 0 writes it.
 Nothing here can block a run: git gets seconds, no network is asked, what cannot be found out is said to be so.
 """
 
@@ -26,10 +27,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from minilm import processes
 from minilm.errors import CheckpointError
 
 FILE = "manifest.json"
 State = Literal["finished", "interrupted", "failed"]
+StateOf = Literal["running", "finished", "interrupted", "failed", "died"]
 _PACKAGES = (
     *("minilm", "torch", "transformers", "tokenizers", "accelerate", "deepspeed", "datasets", "safetensors"),
     *("numpy", "pydantic", "swanlab", "swanboard", "flash-attn"),
@@ -135,7 +138,7 @@ def begin(
         "started": _now(),
         "command": shlex.join(sys.orig_argv),
         "folder": str(Path.cwd()),
-        "process": os.getpid(),
+        "process": processes.describe(),
     }
     parts = {
         "config": dict(config),
@@ -155,12 +158,25 @@ def begin(
         return manifest
     manifest = Manifest.read(folder)
     before = {name: manifest.record.get(name) for name in running}
-    if before["state"] == "running":
-        before["state"] = "killed (no end was recorded)"
+    if before["state"] == "running":  # we hold the run folder: it runs no more
+        before["state"] = "died (no end was recorded)"
     manifest.record["resumes"].append({"at_step": step, **start, "before": before, "changed": {}})
     manifest.record.update(running)
     manifest.update(**{name: parts[name] for name in _PARTS if parts[name] is not None})
     return manifest
+
+
+def state_of(run_folder: Path | str) -> StateOf:
+    """How a run stands: what its manifest says, but "died" where the process that would have written the end is gone.
+
+    A process of another host, or of another container on this one, cannot be seen from here: it counts as running.
+    Raises CheckpointError where there is no manifest.
+    """
+    record = Manifest.read(run_folder).record
+    if record["state"] != "running":
+        return record["state"]
+    process = record["resumes"][-1]["process"] if record["resumes"] else record["process"]
+    return "running" if processes.lives(process) else "died"
 
 
 def describe_code(diff_folder: Path | None = None) -> dict[str, Any]:

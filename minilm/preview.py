@@ -23,14 +23,14 @@ from minilm import models
 from minilm.config import flatten
 from minilm.data.loader import Data, Loader
 from minilm.data.show import row_table, row_text
-from minilm.errors import CheckpointError
 from minilm.models import attention
 from minilm.run import RunConfig
-from minilm.training import optim, passing
+from minilm.training import optim, passing, saving
 from minilm.training.estimate import Memory, Spread, memory
 from minilm.training.layout import Kind, Layout
 
 _ROW_CHARACTERS = 400  # of a decoded row
+PARTS = ("weights", "gradients", "optimizer", "average", "buckets", "activations", "logits")
 _ROW_POSITIONS = 8  # of its table
 
 
@@ -55,7 +55,7 @@ def show(plan: Plan, console: Console) -> None:
     config, layout = plan.config, plan.layout
     backend = _backend(config, layout)
     optimizer = _optimizer(config, layout)
-    num_moments = sum((1 if group.get("muon") else 2) * _number(group) for group in optimizer.param_groups)
+    num_moments = _num_moments(optimizer)
     console.print(Text(f"Dry run of {config.run_folder}: nothing is written.", style="bold"))
     _heading(console, "Settings (* not the default)")
     console.print(settings_table(plan))
@@ -73,7 +73,12 @@ def show(plan: Plan, console: Console) -> None:
     console.print(pairs(disk(config, num_moments)))
     _heading(console, f"Two rows of step {plan.step + 1}")
     _rows(plan, console)
-    _refuse_small_disk(config, num_moments)
+    saving.refuse_small_disk(
+        config.run_folder / "checkpoints",
+        config.train,
+        num_steps=plan.num_steps,
+        checkpoint_bytes=_checkpoint_bytes(config, num_moments),
+    )
 
 
 def settings_table(plan: Plan) -> Table:
@@ -191,12 +196,21 @@ def memory_table(plan: Plan, num_moments: int) -> Table:
     ]
     table = _table("", *(name for name, _, _ in named), right=range(1, len(named) + 1))
     table.add_row("rows a forward", *(str(spread.rows) for _, spread, _ in named))
-    for part in ("weights", "gradients", "optimizer", "average", "buckets", "activations", "logits"):
+    for part in PARTS:
         values = [getattr(found, part) for _, _, found in named]
         if any(value != 0 for value in values):
             table.add_row(part, *map(size, values))
     table.add_row("peak", *(size(found.peak) for _, _, found in named), style="bold")
     return table
+
+
+def memory_line(plan: Plan) -> str:
+    """Memory of one device of this run, part by part."""
+    _, spread, kernel = next(layouts(plan))
+    optimizer = _optimizer(plan.config, plan.layout)
+    found = _memory(plan, spread, kernel, _num_moments(optimizer))
+    shown = [f"{part} {size(value)}" for part in PARTS if (value := getattr(found, part)) != 0]
+    return ", ".join([*shown, f"peak {size(found.peak)}"])
 
 
 def device(plan: Plan, backend: str, num_moments: int) -> Iterator[tuple[str, str]]:
@@ -290,19 +304,14 @@ def _number(group: Mapping[str, Any]) -> int:
     return sum(p.numel() for p in group["params"])
 
 
+def _num_moments(optimizer: torch.optim.Optimizer) -> int:
+    return sum((1 if group.get("muon") else 2) * _number(group) for group in optimizer.param_groups)
+
+
 def _checkpoint_bytes(config: RunConfig, num_moments: int) -> int:
     """float32 weights, moments and average; tokenizer and random states are small beside them."""
     n = config.model.num_parameters()
     return 4 * (n + num_moments + (n if config.train.ema_decay is not None else 0))
-
-
-def _refuse_small_disk(config: RunConfig, num_moments: int) -> None:
-    folder, needed = _existing(config.run_folder), _checkpoint_bytes(config, num_moments)
-    if shutil.disk_usage(folder).free < needed:
-        raise CheckpointError(
-            f"A checkpoint takes about {size(needed)}, {folder} has {size(shutil.disk_usage(folder).free)} free. "
-            "Free space or choose another place with run.folder."
-        )
 
 
 def _existing(folder: Path) -> Path:
@@ -310,7 +319,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _rows(plan: Plan, console: Console) -> None:
-    tokenizer, step = plan.data.tokenizer, plan.step
+    tokenizer, step = plan.data.tokenizer, plan.loader.next_step
     places = plan.loader.where(step).rows
     flat = [(batch, row) for batch in plan.loader.step(step) for row in range(batch.shape[0])]
     for place, (batch, row) in list(zip(places, flat, strict=False))[:2]:  # the first rank has the first rows

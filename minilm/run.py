@@ -110,6 +110,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Resolved[Ru
         path = path / CONFIG
     resolved = resolve(RunConfig, file=path, overrides=overrides, choose={"model": choose_model})
     config = _with_batch_size(resolved)
+    if config.train.init_from:  # a run folder is also looked at from elsewhere
+        source = str(Path(config.train.init_from).resolve())
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=source))
     if config.run.name is None and path is not None:
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=path.stem))
     return Resolved(config, resolved.origins)

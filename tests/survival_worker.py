@@ -3,7 +3,8 @@
     survival_worker.py '{"step": 4, "rank": 1, "what": "loss"}' [arguments of train.py]
 
 what: loss (the hidden states of that step are infinite), gradient (nan, under a finite loss), die (kill -9 in the
-step), infinite loss over a finite gradient (loss only)
+step), infinite loss over a finite gradient (loss only), memory (there is none for the step), disk (from then on it is
+full when a checkpoint is sealed)
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
-from minilm.training import step, trainer
+from minilm.training import checkpoint, step, trainer
+
+
+def full_disk(folder):
+    raise OSError(28, "No space left on device")
 
 
 def infinite(forward):
@@ -45,6 +50,10 @@ def plan(accidents):
                 continue
             if accident["what"] == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
+            elif accident["what"] == "memory":
+                raise MemoryError("no memory for this batch")
+            elif accident["what"] == "disk":
+                checkpoint._seal = full_disk
             elif accident["what"] == "loss":
                 forward = model.forward
                 model.forward = infinite(forward)

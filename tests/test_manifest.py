@@ -98,7 +98,7 @@ def test_resumes_add_up_and_name_what_changed_while_the_start_stays(
     record = manifest.Manifest.read(tmp_path).record
     assert record["config"] == CONFIG and record["layout"] == {"num_processes": 1}
     first, last = record["resumes"]
-    assert first["at_step"] == 4 and first["before"]["state"] == "killed (no end was recorded)"
+    assert first["at_step"] == 4 and first["before"]["state"] == "died (no end was recorded)"
     assert first["changed"] == {"layout": {"num_processes": [1, 2]}}
     assert (
         last["at_step"] == 6

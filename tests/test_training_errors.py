@@ -120,7 +120,7 @@ def test_a_full_disk_in_the_middle_keeps_the_last_checkpoint_and_the_metrics(tmp
         run_here(tmp_path, store, train__steps=18, train__save_every=6)
     run = tmp_path / "run"
     assert checkpoint.find(run)[0].step == 6
-    assert column(run, "step")[-1] == 12
+    assert column(run, "step")[-1] in (12, 13, 14)  # written in the background: found out at a step border
     assert json.loads((run / "manifest.json").read_text())["state"] == "failed"
     monkeypatch.undo()
     run_here(tmp_path, store, resume=True, train__steps=18, train__save_every=6)

@@ -150,6 +150,7 @@ def test_zero_shards_master_weights_moments_and_gradients_over_the_ranks():
         assert found.gradients == found.average == 4 * n // ranks
         assert found.optimizer == 12 * n // ranks  # float32 weights and two moments
     assert on(4, zero_stage=1).gradients == 4 * n
+    assert on(2).buckets == on(2, device="cpu").buckets == 2 * n  # not the 500 million of the default
     single = on(1, kind="single")
     assert (single.weights, single.gradients, single.optimizer, single.buckets) == (4 * n, 4 * n, 8 * n, 0)
     assert on(2, kind="ddp").buckets == 4 * n

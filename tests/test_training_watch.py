@@ -6,7 +6,7 @@ import pytest
 import torch
 from training_runs import column, make_store, records, run_here
 
-from minilm.training import hardware, trainer
+from minilm.training import columns, hardware, trainer
 from minilm.training.watch import layer_of
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -68,7 +68,7 @@ def test_mfu_is_absent_where_the_peak_is_unknown(tmp_path):
 
 
 def test_mfu_is_flops_per_second_over_peak(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "peak_flops", lambda device, bf16: 1e12)
+    monkeypatch.setattr(columns, "peak_flops", lambda device, bf16: 1e12)
     run = run_here(tmp_path, make_store(tmp_path / "store"), train__steps=6)
     # Counted here from the shapes: 6 FLOP per weight of each product and position, 12 L d per layer and token pair.
     dim, kv, hidden, layers, vocab, length = 32, 16, 64, 2, 48, 24

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,27 @@ def launched_script(
     )
 
 
+def started(store: Path, folder: Path, **changes: Any) -> subprocess.Popen[str]:
+    """A run that would go on for hours, as another process; returns when it has done a step."""
+    settings = SETTINGS | {
+        "data.store": store,
+        "run.folder": folder,
+        "run.name": "run",
+        "train.steps": 100_000,
+    }
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *flags(settings)], stderr=subprocess.PIPE, text=True
+    )
+    metrics = folder / "run" / "metrics.jsonl"
+    for _ in range(1200):
+        if metrics.is_file() and '"train"' in metrics.read_text():
+            return process
+        time.sleep(0.1)
+    process.kill()
+    raise TimeoutError(process.communicate()[1])
+
+
 def records(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [record for line in lines if (record := json.loads(line))["kind"] == kind]
@@ -116,3 +138,11 @@ def final_weights(run: Path) -> dict[str, Any]:
 
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     return load_file(newest / "model.safetensors")
+
+
+def incidents(run: Path) -> list[Path]:
+    return sorted((run / "incidents").glob("step-*")) if (run / "incidents").is_dir() else []
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())

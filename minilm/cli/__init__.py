@@ -8,6 +8,7 @@ arguments that returns an exit code (None is 0).
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import sys
 import textwrap
@@ -19,12 +20,14 @@ from minilm.errors import ConfigError, MinilmError
 
 def guarded(command: Callable[[], int | None], *, debug: bool) -> int:
     """Run a command; a `MinilmError` becomes a paragraph on stderr and exit code 2. Anything else is our defect."""
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a disk that fails under a memory map kills the process: the stack says what it read
     try:
         return command() or 0
     except MinilmError as error:
         rank = int(os.environ.get("RANK", "0"))
-        if rank and isinstance(error, ConfigError):
-            return 2  # settings are the same on every rank: the first one says it
+        if int(os.environ.get("LOCAL_RANK", rank)) and isinstance(error, ConfigError):
+            return 2  # settings are the same on every rank of a machine: its first one says it
         if debug:
             traceback.print_exc()
         of_rank = f" on rank {rank}" if rank else ""

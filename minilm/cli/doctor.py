@@ -61,6 +61,12 @@ def run(arguments: argparse.Namespace) -> int:
     only = [name for name in arguments.only.split(",") if name]
     if arguments.list:
         return _list(arguments.suite, only)
+    if arguments.pages:
+        from minilm.doctor.pages import write_pages
+        from minilm.examination import chosen_checks
+
+        write_pages(chosen_checks("full", ()), arguments.pages)
+        return 0
     if arguments.prove or arguments.survey:
         from minilm.doctor.matrix import prove_all
         from minilm.doctor.survey import survey_all
@@ -123,7 +129,7 @@ def _list(suite: str, only: list[str]) -> int:
 
 
 def _refuse_contradictions(arguments: argparse.Namespace) -> None:
-    special = next((n for n in ("prove", "list", "survey") if getattr(arguments, n)), None)
+    special = next((n for n in ("prove", "list", "survey", "pages") if getattr(arguments, n)), None)
     problems = []
     if special is None and arguments.target is None:
         problems.append(

@@ -109,6 +109,7 @@ class Loader:
         self.rows, self.batch_rows, self.micro_batch = rows, batch_rows, micro_batch
         self.rank, self.world, self.seed, self.prefetch = rank, world, seed, prefetch
         self.next_step = start_step
+        self._first_row = -1  # of the global batch that was given last
         self._ahead: _Ahead | None = None
 
     @property
@@ -125,15 +126,28 @@ class Loader:
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of global batch `step`, on the CPU: batch_rows / world / micro_batch of them."""
-        share = self.batch_rows // self.world
-        chosen = self._rows_of(step)[self.rank * share : (self.rank + 1) * share]
+        return self._step(step)[0]
+
+    def _step(self, step: int) -> tuple[list[Batch], int]:
+        """The micro-batches, and the first row of the global batch."""
+        share, chosen = self.batch_rows // self.world, self._rows_of(step)
+        first, chosen = int(chosen[0]), chosen[self.rank * share : (self.rank + 1) * share]
         tokens, segments = self.rows.batch(chosen)
         pairs = zip(
             torch.from_numpy(tokens).split(self.micro_batch),
             torch.from_numpy(segments).split(self.micro_batch),
             strict=True,
         )
-        return [align(t, s) for t, s in pairs]
+        return [align(t, s) for t, s in pairs], first
+
+    def place(self) -> RowPlace:
+        """Source and document of the first row of the step that iterating gave last: a look-up, no permutation."""
+        return self.rows.places(np.array([self._first_row]))[0]
+
+    def skip_to(self, step: int) -> None:
+        """Go on with global batch `step`, whatever came before."""
+        self.close()
+        self.next_step = step
 
     def where(self, step: int) -> StepRows:
         """Epoch and documents of a step: where to look when its loss is odd."""
@@ -166,20 +180,19 @@ class Loader:
                 f"The data would not go on where it stopped: {listed(problems)}\nGive the old settings again, or begin "
                 "a new run."
             )
-        self.close()
-        self.next_step = int(state["next_step"])
+        self.skip_to(int(state["next_step"]))
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
 
     def __next__(self) -> list[Batch]:
         if self.prefetch == 0:
-            batches = self.step(self.next_step)
+            batches, self._first_row = self._step(self.next_step)
         else:
             if self._ahead is None or self._ahead.expected != self.next_step:
                 self.close()
                 self._ahead = _Ahead(self, self.next_step)
-            batches = self._ahead.get()
+            batches, self._first_row = self._ahead.get()
         self.next_step += 1
         return batches
 
@@ -205,14 +218,16 @@ class _Ahead:
 
     def __init__(self, loader: Loader, first: int) -> None:
         self.expected = first  # the step that `get` returns next
-        self._made: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=loader.prefetch)
+        self._made: queue.Queue[tuple[list[Batch], int] | BaseException] = queue.Queue(
+            maxsize=loader.prefetch
+        )
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._work, args=(loader, first), name="minilm-data", daemon=True
         )
         self._thread.start()
 
-    def get(self) -> list[Batch]:
+    def get(self) -> tuple[list[Batch], int]:
         made = self._made.get()
         if isinstance(made, BaseException):  # raised where it is seen, not lost in a thread
             self.expected = -1  # the thread has ended: another call begins anew instead of waiting for ever
@@ -227,7 +242,7 @@ class _Ahead:
     def _work(self, loader: Loader, step: int) -> None:
         while not self._stop.is_set():
             try:
-                made: list[Batch] | BaseException = loader.step(step)
+                made: tuple[list[Batch], int] | BaseException = loader._step(step)
             except Exception as error:  # noqa: BLE001  (handed to the consumer, which raises it)
                 made = error
             while not self._stop.is_set():

@@ -121,12 +121,14 @@ class Rows:
         sources = np.searchsorted(self._first, rows, side="right") - 1
         for source in np.unique(sources):
             shard, part = self.shards[source], self._parts[source]
+            shard.check()  # not cut off, or the next lines would end the process
             members = np.flatnonzero(sources == source)
             starts, stops = part.bounds(rows[members] - self._first[source])
             stream = shard.tokens
             for member, start, stop in zip(members.tolist(), starts.tolist(), stops.tolist(), strict=True):
                 tokens[member, : stop - start] = stream[start:stop]
             segments[members] = _segments(shard.offsets, starts, stops, width)
+            shard.check()  # not written over while it was read
         return tokens, segments
 
     def places(self, rows: np.ndarray) -> list[RowPlace]:
@@ -135,6 +137,7 @@ class Rows:
         for row in np.asarray(rows, dtype=np.int64).tolist():
             source = int(np.searchsorted(self._first, row, side="right")) - 1
             shard = self.shards[source]
+            shard.check()
             starts, stops = self._parts[source].bounds(np.array([row - self._first[source]]))
             first, last = _documents(shard.offsets, np.array([starts[0], stops[0] - 1]))
             found.append(RowPlace(row, shard.source, int(first), int(last)))

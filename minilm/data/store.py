@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from minilm.data.mapped import MappedFile
 from minilm.data.tokenizer import Tokenizer
 from minilm.errors import DataError, listed
 
@@ -73,6 +74,12 @@ class Shard:
     tokens: np.ndarray  # [num_tokens] of the store's type, memory-mapped
     offsets: np.ndarray  # [num_documents + 1] uint64, memory-mapped
     weight: float  # passes over this source per epoch
+    files: tuple[MappedFile, ...] = ()  # that the two lie in
+
+    def check(self) -> None:
+        """DataError if a file was cut off or altered since it was opened; for readers, before and after they read."""
+        for file in self.files:
+            file.check()
 
     @property
     def num_documents(self) -> int:
@@ -91,6 +98,7 @@ class Shard:
         """Token ids of one document. Raises IndexError."""
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents} in {self.source}")
+        self.check()
         return self.tokens[int(self.offsets[index]) : int(self.offsets[index + 1])]
 
 
@@ -190,11 +198,13 @@ class Store:
         for name, counts in self.manifest["splits"][split]["sources"].items():
             if counts["documents"] == 0:
                 continue
-            # np.asarray: a plain array over the mapped file, several times quicker to slice than np.memmap.
-            tokens = np.asarray(
-                np.memmap(self.path / counts["tokens_file"]["path"], dtype=self.dtype, mode="r")
+            files = tuple(
+                MappedFile(
+                    self.path / file["path"], dtype, size_bytes=file["size_bytes"], blake2b=file["blake2b"]
+                )
+                for file, dtype in ((counts["tokens_file"], self.dtype), (counts["offsets_file"], "<u8"))
             )
-            offsets = np.asarray(np.memmap(self.path / counts["offsets_file"]["path"], dtype="<u8", mode="r"))
+            tokens, offsets = (file.array for file in files)
             if (
                 len(offsets) != counts["documents"] + 1
                 or int(offsets[-1]) != len(tokens)
@@ -203,7 +213,7 @@ class Store:
                 raise DataError(
                     f"The store {self.path} contradicts itself: offsets and tokens of {name} do not fit."
                 )
-            shards.append(Shard(name, tokens, offsets, self.manifest["sources"][name]["weight"]))
+            shards.append(Shard(name, tokens, offsets, self.manifest["sources"][name]["weight"], files))
         return shards
 
 

@@ -70,11 +70,11 @@ class MetricsFile:
         """Return when the lines are on the disk, not only in the memory of the operating system."""
         os.fsync(self._file.fileno())
 
-    def truncate_after(self, step: int) -> int:
-        """Move the lines of later steps to metrics.superseded.jsonl; returns how many.
+    def truncate_after(self, step: int, into: Path | None = None) -> int:
+        """Move the lines of later steps to metrics.superseded.jsonl, or to a file of their own; returns how many.
 
-        A run that resumes from a checkpoint at `step` does these steps again. Killed at any moment, this
-        leaves either the old file or the new one, and no line is lost.
+        A run that resumes from a checkpoint at `step`, or goes back to it, does these steps again. Killed at any
+        moment, this leaves either the old file or the new one, and no line is lost.
         """
         kept: list[bytes] = []
         moved: list[bytes] = []
@@ -85,7 +85,10 @@ class MetricsFile:
             return 0
         # First the copy, then the replacement. If an earlier try was killed in between, the copy is there.
         text = b"".join(moved)
-        if not (self.superseded.exists() and self.superseded.read_bytes().endswith(text)):
+        if into is not None:
+            into.unlink(missing_ok=True)  # of the same move, before a kill
+            _append_safely(into, text)
+        elif not (self.superseded.exists() and self.superseded.read_bytes().endswith(text)):
             _append_safely(self.superseded, text)
         new = self.path.with_suffix(".jsonl.new")
         with new.open("wb") as file:

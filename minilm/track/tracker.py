@@ -147,6 +147,25 @@ class Tracker:
         self._step = step
         self.event(step, f"resumed at step {step}", superseded_lines=moved)
 
+    def go_back(self, step: int, into: Path | None) -> None:
+        """The run itself goes back to `step`: lines of later steps move to the file `into` (none: as in `resume_at`).
+
+        SwanLab drops steps that come twice, so its curve is ended and another one begun from the first step.
+        """
+        if self._dashboard is not None:
+            try:
+                texts = self._dashboard.finish(
+                    "aborted", f"went back to step {step}", self._metrics.size, None
+                )
+            except OSError as problem:
+                texts = [self._give_up(problem)]
+            self._dashboard = None
+        else:
+            texts = []
+        self._metrics.truncate_after(step, into)
+        self._step = step
+        self._tell(texts)
+
     def close(self, state: State, error: str | None = None) -> None:
         """Write the end, draw loss.png, let SwanLab finish. Raises nothing that SwanLab or the drawing caused."""
         try:

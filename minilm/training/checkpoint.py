@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from minilm.errors import CheckpointError, listed
 from minilm.models import folder as model_folder
@@ -38,6 +39,7 @@ from minilm.training.layout import Layout
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
+_SAVING, _REMOVING = ".saving-", ".removing-"  # names that no reader takes for a checkpoint
 
 
 @dataclass(frozen=True)
@@ -93,19 +95,98 @@ def find(path: Path, *, verified: bool = True) -> tuple[Found, list[str]]:
 def damage(folder: Path, *, checksums: bool = True) -> list[str]:
     """What differs from files.json; empty when the checkpoint is whole."""
     try:
-        expected = json.loads((folder / "files.json").read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return [f"files.json cannot be read ({error})"]
+        files = json.loads((folder / "files.json").read_text(encoding="utf-8"))["files"]
+        expected = {name: (entry["bytes"], entry["blake2b"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"files.json cannot be read ({type(error).__name__}: {error})"]
     problems = []
-    for name, entry in expected.items():
+    for name, (size, blake2b) in expected.items():
         file = folder / name
         if not file.is_file():
             problems.append(f"{name} is missing")
-        elif file.stat().st_size != entry["bytes"]:
-            problems.append(f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}")
-        elif checksums and _checksum(file) != entry["blake2b"]:
+        elif file.stat().st_size != size:
+            problems.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
+        elif checksums and _checksum(file) != blake2b:
             problems.append(f"{name} has another checksum than when it was written")
     return problems
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at a step border, ready to be written. The first rank has all of it, the others only its place.
+
+    `weights`, `moments`  by parameter name, float32
+    `record`              trainer.json
+    """
+
+    final: Path
+    model: nn.Module  # names and shapes are taken from it, and its settings: nothing that training changes
+    weights: dict[str, Tensor]
+    moments: state_by_name.OptimizerState
+    record: dict[str, Any]
+    tokenizer: Callable[[Path], object] | None
+
+    @property
+    def aside(self) -> Path:
+        return self.final.with_name(f"{_SAVING}{self.final.name}")
+
+    def write(self, wanted: Callable[[], bool] = lambda: True) -> None:
+        """Write, seal and rename; the random states are there already. First rank only, on any thread.
+
+        wanted  asked before the rename: a save that nobody waits for any more leaves no checkpoint
+        Raises OSError, SafetensorError or CheckpointError; then there is no checkpoint, and what lay aside is gone.
+        """
+        try:
+            model_folder.save(self.model, self.aside, self.weights)
+            self.moments.write(self.aside)
+            if self.tokenizer is not None:
+                self.tokenizer(self.aside / "tokenizer")
+            text = json.dumps(self.record, indent=1) + "\n"
+            (self.aside / "trainer.json").write_text(text, encoding="utf-8")
+            _seal(self.aside)
+            if not wanted():
+                return
+            _replace(self.aside, self.final)
+        finally:
+            shutil.rmtree(self.aside, ignore_errors=True)  # half of it must not keep a full disk full
+
+
+def snapshot(
+    layout: Layout,
+    folder: Path,
+    state: dict[str, Any],
+    *,
+    tokenizer: Callable[[Path], object] | None,
+    random_state: dict[str, Any] | None = None,
+    keep: Callable[[str, Tensor], Tensor] | None = None,
+) -> Snapshot:
+    """What `folder`/step-N will hold, N = state["step"]. Collective: every rank calls it, every rank sees a failure.
+
+    random_state  what `random_states` returned at an earlier moment; none: as it is now. Every rank writes its own
+                  aside at once, so that it is of this moment.
+    keep          (name, tensor) -> a copy of it that training does not change; none: the tensor itself, for a
+                  snapshot that is written before anything else is computed
+    """
+    final = folder / f"step-{state['step']:08d}"
+    # What all ranks gather together comes before what one of them may fail at.
+    weights, moments = state_by_name.full_weights(layout), state_by_name.optimizer_state(layout)
+    if not layout.is_main:
+        weights, moments = {}, state_by_name.OptimizerState({}, {})
+    elif keep is not None:
+        weights = {name: keep(f"weights/{name}", value) for name, value in weights.items()}
+        moments = moments.copied(keep)
+    record = {"format": FORMAT, **state, "layout": layout.facts()}
+    taken = Snapshot(final, layout.model, weights, moments, record, tokenizer)
+    with together(layout, f"The checkpoint {final} could not be written"):
+        if layout.is_main:
+            shutil.rmtree(taken.aside, ignore_errors=True)
+            taken.aside.mkdir(parents=True)
+    with together(layout, f"The checkpoint {final} could not be written"):
+        # torch.save to a full disk names an "unexpected pos"; a plain write says what it is
+        states = io.BytesIO()
+        torch.save(random_state or random_states(layout.device), states)
+        (taken.aside / f"random-{layout.rank:05d}.pt").write_bytes(states.getvalue())
+    return taken
 
 
 def save(
@@ -116,39 +197,23 @@ def save(
     tokenizer: Callable[[Path], object] | None,
     random_state: dict[str, Any] | None = None,
 ) -> Path:
-    """Write checkpoints/step-N for N = state["step"]. Collective: every rank calls it, every rank sees a failure.
+    """Take a `snapshot` and write it while everybody waits; returns its folder. Collective."""
+    taken = snapshot(layout, folder, state, tokenizer=tokenizer, random_state=random_state)
+    with together(layout, f"The checkpoint {taken.final} could not be written"):
+        if layout.is_main:
+            taken.write()
+    return taken.final
 
-    random_state  what `random_states` returned at an earlier moment; none: as it is now
+
+def clean(folder: Path) -> list[str]:
+    """Remove what kills left below a `checkpoints/` folder: half a save, half a removal. Returns the names.
+
+    Only for whoever holds the run folder, before its first save.
     """
-    final = folder / f"step-{state['step']:08d}"
-    aside = folder / f".saving-{final.name}"
-    # What all ranks gather together comes before what one of them may fail at.
-    weights, moments = state_by_name.full_weights(layout), state_by_name.optimizer_state(layout)
-    with together(layout, f"The checkpoint {final} could not be written"):
-        if layout.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-    with together(layout, f"The checkpoint {final} could not be written"):
-        states = (
-            io.BytesIO()
-        )  # torch.save to a full disk names an "unexpected pos"; a plain write says what it is
-        torch.save(random_state or random_states(layout.device), states)
-        (aside / f"random-{layout.rank:05d}.pt").write_bytes(states.getvalue())
-        if layout.is_main:
-            model_folder.save(layout.model, aside, weights)
-            moments.write(aside)
-            if tokenizer is not None:
-                tokenizer(aside / "tokenizer")
-            record = {"format": FORMAT, **state, "layout": layout.facts()}
-            (aside / "trainer.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    with together(layout, f"The checkpoint {final} could not be written"):
-        if layout.is_main:
-            _seal(aside)
-            if final.exists():  # the same step again, after a resume that was stopped at once
-                shutil.rmtree(final)
-            aside.rename(final)
-            _sync(folder)
-    return final
+    gone = sorted(folder.glob(f"{_SAVING}*")) + sorted(folder.glob(f"{_REMOVING}*"))
+    for path in gone:
+        shutil.rmtree(path)
+    return [path.name for path in gone]
 
 
 def load(layout: Layout, checkpoint: Found) -> dict[str, Any]:
@@ -169,20 +234,44 @@ def prune(folder: Path, *, keep_last: int, keep_best: bool) -> list[Path]:
     """Remove all but the last `keep_last` checkpoints and the one with the lowest validation loss."""
     found = list_checkpoints(folder)
     keep = {checkpoint.folder for checkpoint in found[-keep_last:]}
-    scored = [(loss, c.folder) for c in found if (loss := c.trainer.get("validation_loss")) is not None]
+    scored = [(loss, c.folder) for c in found if (loss := _validation_loss(c)) is not None]
     if keep_best and scored:
         keep.add(min(scored)[1])
     gone = [checkpoint.folder for checkpoint in found if checkpoint.folder not in keep]
     for path in gone:
-        doomed = path.with_name(f".removing-{path.name}")  # half a removal must not look like a checkpoint
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        _remove(path)
     return gone
 
 
-def bytes_needed(num_parameters: int) -> int:
-    """Size of one checkpoint: float32 weights and the two moments of AdamW."""
-    return 3 * 4 * num_parameters
+def _validation_loss(found: Found) -> float | None:
+    """None also for a damaged checkpoint: it is not the best of a run, and no reason to end it."""
+    try:
+        return found.trainer.get("validation_loss")
+    except (OSError, ValueError):
+        return None
+
+
+def _remove(path: Path) -> None:
+    doomed = path.with_name(f"{_REMOVING}{path.name}")  # half a removal must not look like a checkpoint
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _replace(aside: Path, final: Path) -> None:
+    """Give `aside` its name. A folder of that name (the same step again, after a resume) goes without a trace."""
+    former = final.with_name(f"{_REMOVING}{final.name}")
+    if final.exists():
+        shutil.rmtree(former, ignore_errors=True)
+        final.rename(former)
+    aside.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def bytes_needed(num_parameters: int, *, average: bool = False) -> int:
+    """Size of one checkpoint: float32 weights, the two moments of AdamW and, where there is one, the average."""
+    return (4 if average else 3) * 4 * num_parameters
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
@@ -218,7 +307,7 @@ def together(layout: Layout, what: str) -> Any:
     except (OSError, SafetensorError, CheckpointError) as error:
         failure = error
     if layout.all_reduce([float(failure is not None)])[0] > 0:
-        why = failure or "another rank failed"
+        why = str(failure or "another rank failed").rstrip(".")
         raise CheckpointError(
             f"{what}: {why}. Free space or mend the folder, then continue with --resume."
         ) from failure

@@ -33,10 +33,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minilm.models.base import ModelConfig
-from minilm.training.layout import Kind
+from minilm.training.layout import BUCKET, Kind
 
-# DeepSpeed's reduce_bucket_size: values that its gradient bucket has room for, whatever the size of the model.
-BUCKET = 500_000_000
 _INSIDE = ("norms", "attention", "feed-forward", "dropout")  # the parts of blocks
 CHUNK = 1024  # positions whose logits score_hidden holds at a time
 
@@ -108,10 +106,9 @@ def memory(
         # into a bucket and kept as float32 shards; stage 1 keeps them whole.
         weights, optimizer = width * n, 4 * (n + num_moments) // shards
         gradients = 4 * n // shards if spread.zero_stage == 2 else 4 * n
-        # A CPU gives memory where it is written; CUDA gives the whole bucket.
-        buckets = (BUCKET if spread.device == "cuda" else min(n, BUCKET)) * (
+        buckets = min(n, BUCKET) * (
             width if spread.zero_stage == 2 else 4
-        )
+        )  # reduce_bucket_size of our layout
     else:
         weights, gradients, optimizer = 4 * n, 4 * n, 4 * num_moments
         buckets = 4 * n if spread.kind == "ddp" else 0  # DDP's buckets are copies of the gradients

@@ -4,7 +4,9 @@
         report.json        loss, norms and numbers that are not finite per layer, learning rate, rows, layout
         rows.txt           the rows of the global batch, decoded
         step-00000011/     a checkpoint of the state before the step, with the random states of that moment
+        abandoned.jsonl    where the run went back (train.on_spike: rollback): the metrics that it did again
 
+After its first rollback a run does steps again: `step-00000012-rollback-1` is step 12 as it went then.
 `minilm replay RUN/incidents/step-00000012` computes forward and backward of that very step.
 """
 
@@ -27,6 +29,8 @@ from minilm.data.show import row_text
 from minilm.data.tokenizer import Tokenizer
 from minilm.errors import CheckpointError
 from minilm.training import checkpoint
+from minilm.training.layout import Layout
+from minilm.training.settings import Log
 from minilm.training.step import StepResult
 from minilm.training.watch import StepView, layer_of
 
@@ -110,16 +114,19 @@ def write(
     state: Mapping[str, Any],
     random_state: dict[str, Any],
     tokenizer: Tokenizer | None,
+    num_rollbacks: int = 0,
 ) -> Path:
     """Keep the step that `view` shows, between its backward and its update. Collective; returns its folder.
 
     loader        has just given the step's micro-batches
     state         what a checkpoint of the moment before the step holds (trainer.json)
     random_state  of this rank, before the step's first forward
+    num_rollbacks  of the run before: a step that is done again has a folder of its own
     Raises CheckpointError, on all ranks, if it could not be written.
     """
     layout, data_step = view.layout, loader.next_step - 1
-    folder = run_folder / FOLDER / f"step-{view.step:08d}"
+    again = f"-rollback-{num_rollbacks}" if num_rollbacks else ""
+    folder = run_folder / FOLDER / f"step-{view.step:08d}{again}"
     layers = layer_states(view)  # collective: before what one rank may fail at
     before = {**state, "loader": {**loader.state_dict(), "next_step": data_step}}
     checkpoint.save(
@@ -148,6 +155,73 @@ def write(
                 num_threads=torch.get_num_threads(),
             ).write(folder / REPORT)
     return folder
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A step that may have gone wrong, between its backward and its update."""
+
+    kind: Kind
+    view: StepView
+    result: StepResult
+    rates: dict[str, float]
+    random_state: dict[str, Any]  # of this rank, before the step's first forward
+
+
+class Keeper:
+    """Writes the incidents of one run and tells of them."""
+
+    def __init__(
+        self, run_folder: Path, layout: Layout, loader: Loader, log: Log, tokenizer: Tokenizer | None
+    ) -> None:
+        self.run_folder, self.layout, self.loader = run_folder, layout, loader
+        self.log, self.tokenizer = log, tokenizer
+
+    def keep(
+        self,
+        suspect: Suspect,
+        spikes: Spikes,
+        state: Mapping[str, Any],
+        num_rollbacks: int,
+        *,
+        always: bool = False,
+    ) -> tuple[str, Path | None]:
+        """Write the incident; returns what the user was told, and its folder if there is one. Collective.
+
+        always  also where there are enough spikes already
+        A disk that is full does not end the run.
+        """
+        result, step, folder = suspect.result, suspect.view.step, None
+        text = f"step {step}: loss {result.loss.mean:.4g}, gradient norm {result.gradient_norm:.4g}"
+        if suspect.kind == "spike":
+            text = f"{text}: a spike, above {spikes.limit():.4g}"
+            if not always and self._number() >= MOST_SPIKES:
+                self.log.event(step, f"{text}; not kept, there are {MOST_SPIKES}", show=True)
+                return text, None
+        try:
+            folder = write(
+                self.run_folder,
+                suspect.kind,
+                suspect.view,
+                result,
+                loader=self.loader,
+                rates=suspect.rates,
+                state=state,
+                random_state=suspect.random_state,
+                tokenizer=self.tokenizer,
+                num_rollbacks=num_rollbacks,
+            )
+            text = f"{text}; kept, compute it again with: minilm replay {folder}"
+        except CheckpointError as error:
+            text = f"{text}; not kept: {error}"
+        self.log.event(step, text, show=True)
+        return text, folder
+
+    def _number(self) -> int:
+        """Incidents of this run; the first rank counts, so that all ranks agree."""
+        folder = self.run_folder / FOLDER
+        own = len(list(folder.glob("step-*"))) if self.layout.is_main and folder.is_dir() else 0
+        return int(self.layout.all_reduce([float(own)])[0])
 
 
 def layer_states(view: StepView) -> dict[str, LayerState]:

@@ -23,6 +23,7 @@ from minilm.errors import ConfigError, listed
 from minilm.training.ema import Average, average_of
 
 Kind = Literal["single", "ddp", "zero"]
+BUCKET = 500_000_000  # values of DeepSpeed's gradient bucket at most, which is its default
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ class Layout:
 
         self.check_optimizer(optimizer)
         dtypes = {p.dtype for p in objective.parameters()}
+        if self.kind == "zero":
+            # DeepSpeed gives the bucket its whole size at once, 1 GB in bf16, also to a model of a few MB.
+            bucket = min(BUCKET, sum(p.numel() for p in objective.parameters()))
+            settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            settings["zero_optimization"]["reduce_bucket_size"] = bucket
         self.objective, wrapped = self.accelerator.prepare(objective, optimizer)
         self.optimizer = wrapped
         facts: list[tuple[str, Any, Any]] = [
@@ -110,6 +116,7 @@ class Layout:
                 ("distributed type", self.accelerator.distributed_type, DistributedType.DEEPSPEED),
                 ("ZeRO stage", self.engine.zero_optimization_stage(), self.zero_stage),
                 ("accumulation steps", self.engine.gradient_accumulation_steps(), self.accumulation),
+                ("gradient bucket", self.engine.zero_reduce_bucket_size(), bucket),
                 ("clipping norm", float(self.engine.gradient_clipping()), float(self.clip_norm or 0)),
                 ("gradient accumulation type", self.engine.get_data_types()[1], torch.float32),
                 ("communication type", self.engine.communication_data_type, torch.float32),
@@ -120,6 +127,9 @@ class Layout:
             facts.append(("distributed type", self.accelerator.distributed_type, kind))
             facts.append(("mixed precision", self.accelerator.mixed_precision, "bf16" if self.bf16 else "no"))
         facts.append(("parameter types", {p.dtype for p in self.objective.parameters()}, dtypes))
+        held = {p.dtype for group in wrapped.param_groups for p in group["params"]}
+        # Small updates would be lost in 16 bits.
+        facts.append(("16-bit weights in the optimizer", {x for x in held if x.itemsize < 4}, set()))
         facts.append(("device", {p.device.type for p in self.objective.parameters()}, {self.device_type}))
         wrong = [f"{name}: asked for {want}, got {got}." for name, got, want in facts if got != want]
         if wrong:

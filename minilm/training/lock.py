@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from minilm.errors import ConfigError
+from minilm.training.agreement import shares_folder
 from minilm.training.layout import Layout
 
 FILE = ".lock"
@@ -23,7 +24,7 @@ def locked(layout: Layout, run_folder: Path) -> Iterator[None]:
 
     The system gives the lock back when its process ends, however it ends: what kill -9 leaves is no lock. (A record
     lock of `fcntl`, not `flock`: a process that was forked from the run and outlives it does not hold it.)
-    Raises ConfigError if another process has the folder, or if it cannot be written.
+    Raises ConfigError if another process has the folder, if it cannot be written, or if a rank does not see it.
     """
     file: IO[str] | None = None
     problem = ""
@@ -37,6 +38,7 @@ def locked(layout: Layout, run_folder: Path) -> Iterator[None]:
             problem or f"The first rank was refused the run folder {run_folder}: see its message."
         )
     try:
+        shares_folder(layout, run_folder / FILE, lambda text: print(text, file=file, end="", flush=True))
         yield
     finally:
         if file is not None:

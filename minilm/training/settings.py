@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
@@ -70,6 +71,12 @@ class TrainConfig:
         int | None, Field(gt=0, description="steps between checkpoints; none: at the end")
     ] = 500
     keep_last: Annotated[int, Field(gt=0, description="checkpoints kept besides the best one")] = 2
+    save_in_background: Annotated[
+        bool,
+        Field(
+            description="training goes on while a checkpoint is written; takes 12 bytes of host memory per parameter"
+        ),
+    ] = True
     norms_every: Annotated[
         int | None,
         Field(gt=0, description="steps between norms of gradient, weights and update per layer; none: never"),
@@ -83,6 +90,17 @@ class TrainConfig:
         float | None,
         Field(gt=0, lt=1, description="keep a moving average of the weights with this decay; none: do not"),
     ] = None
+    init_from: Annotated[
+        str,
+        Field(
+            description="begin with the weights of this run folder, checkpoint or Hugging Face folder; empty: drawn "
+            "by train.seed. Optimizer, schedule and data begin anew"
+        ),
+    ] = ""
+    init_weights: Annotated[
+        Literal["last", "ema"],
+        Field(description="of train.init_from: the last weights, or their moving average"),
+    ] = "last"
     on_nonfinite: Annotated[
         Literal["stop", "skip"],
         Field(description="a step whose loss or gradient is not finite: stop the run, or skip its update"),
@@ -99,6 +117,16 @@ class TrainConfig:
             "standard deviations; none: do not look",
         ),
     ] = None
+    on_spike: Annotated[
+        Literal["report", "rollback"],
+        Field(
+            description="such a step: keep it and go on, or go back to the last checkpoint before it and on with the "
+            "data behind it"
+        ),
+    ] = "report"
+    rollback_budget: Annotated[
+        int, Field(ge=0, description="times that a run may go back before it stops instead")
+    ] = 3
     keep_best: Annotated[
         bool, Field(description="also keep the checkpoint with the lowest validation loss")
     ] = True
@@ -108,6 +136,11 @@ class TrainConfig:
         if (self.steps is None) == (self.epochs is None):
             both = "both are given" if self.steps is not None else "neither is given"
             yield "steps", f"exactly one of train.steps and train.epochs decides how long the run is; {both}."
+        if self.on_spike == "rollback" and self.spike_factor is None:
+            yield (
+                "on_spike",
+                "rollback needs train.spike_factor, which says what a spike is (6, for instance).",
+            )
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """How long the run is, in optimizer steps."""
@@ -125,6 +158,7 @@ class Log(Protocol):
     def event(self, step: int, text: str, **values: Any) -> None: ...
     def sync(self) -> None: ...
     def resume_at(self, step: int) -> None: ...
+    def go_back(self, step: int, into: Path | None) -> None: ...
 
 
 class Progress(Protocol):

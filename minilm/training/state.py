@@ -12,6 +12,7 @@ can go on as M, with or without ZeRO. Nothing is rounded on the way: what goes o
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,14 @@ class OptimizerState:
     average: dict[str, Tensor] | None = None
     num_updates: int = 0
 
+    def copied(self, keep: Callable[[str, Tensor], Tensor]) -> OptimizerState:
+        """The same with keep(name, tensor) in place of each tensor."""
+        average = self.average
+        if average is not None:
+            average = {name: keep(f"average/{name}", value) for name, value in average.items()}
+        tensors = {name: keep(f"moments/{name}", value) for name, value in self.tensors.items()}
+        return OptimizerState(tensors, dict(self.steps), average, self.num_updates)
+
     def write(self, folder: Path) -> None:
         """Write optimizer.safetensors and, where there is an average, ema.safetensors."""
         # One metadata key: several are written in an order of chance, and equal states would give unequal files.
@@ -102,7 +111,7 @@ def optimizer_state(layout: Layout) -> OptimizerState:
 
 
 def load(layout: Layout, folder: Path, weights: dict[str, Tensor]) -> None:
-    """Put back what `OptimizerState.write` wrote into a freshly prepared layout.
+    """Put back what `OptimizerState.write` wrote, into a freshly prepared layout or in place of what it has.
 
     weights  float32 by name: the master copies of a sharded layout are set to them.
     Raises CheckpointError naming every parameter that does not fit.
@@ -122,6 +131,7 @@ def load(layout: Layout, folder: Path, weights: dict[str, Tensor]) -> None:
         raise CheckpointError(f"{folder / FILE} does not fit the model: {listed(wrong)}")
     if layout.engine is None:
         optimizer = layout.optimizer.optimizer
+        optimizer.state.clear()  # a run that goes back has one
         for name, step in steps.items():
             optimizer.state[named[name]] = {"step": _step_tensor(optimizer, named[name], step)}
         for key, tensor in tensors.items():
@@ -180,7 +190,11 @@ def _load_sharded(
     weights: dict[str, Tensor],
 ) -> None:
     """ZeRO makes its state at the first step: make it now, link it to the parameters, then fill it by name."""
-    if steps:
+    if not steps:  # AdamW begins with zeros, and so does one that goes back to before its first update
+        for of_flat in zero.optimizer.state.values():
+            for value in of_flat.values():
+                value.zero_()
+    else:
         step = next(iter(steps.values()))
         for flat in zero.single_partition_of_fp32_groups:
             filled = {kind: torch.zeros_like(flat) for kind in kinds}

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import psutil
 import torch
 
 from minilm.alignment import Batch, Sum
 from minilm.data.loader import Loader
 from minilm.data.tokenizer import Tokenizer
-from minilm.errors import CheckpointError, DataError, MinilmError
-from minilm.training import checkpoint, incident, optim
+from minilm.errors import CheckFailed, DataError, MinilmError
+from minilm.training import checkpoint, incident, optim, rollback, saving
+from minilm.training.columns import Columns, Counts
 from minilm.training.ema import averaged
-from minilm.training.hardware import peak_flops
 from minilm.training.layout import Layout
 from minilm.training.limits import Budget
 from minilm.training.settings import Log, Progress, TrainConfig
+from minilm.training.signals import StopSignals
 from minilm.training.step import NonFinite, StepResult, discard, optimizer_step
 from minilm.training.watch import StepView, Watcher
 
@@ -65,6 +65,7 @@ class Trainer:
         watchers: Sequence[Watcher] = (),
         around_step: Callable[[int], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         flops_per_step: float | None = None,
+        validation_store: str | None = None,
     ) -> None:
         self.config, self.rates, self.layout, self.loader = config, rates, layout, loader
         self.run_folder, self.checkpoints = run_folder, run_folder / "checkpoints"
@@ -72,41 +73,62 @@ class Trainer:
         self.validate, self.sample, self.tokenizer = validate, sample, tokenizer
         self.num_steps = config.num_steps(loader.steps_per_epoch)
         self.watchers, self.around_step = watchers, around_step
-        self.flops_per_step = flops_per_step
-        self.peak_flops = peak_flops(layout.device, bf16=layout.bf16)
-        self.step = 0
-        self.total_tokens = 0
-        self.num_skipped = 0
+        self.validation_store = validation_store
+        self.columns = Columns(
+            config, layout, loader, num_steps=self.num_steps, flops_per_step=flops_per_step
+        )
+        self.step = (
+            0  # of the schedule; the position in the data is loader.next_step, further on after a rollback
+        )
+        self.counts = Counts()
+        self.saver = saving.Saver(
+            layout,
+            self.checkpoints,
+            config,
+            tokenizer=tokenizer.save if tokenizer else None,
+            event=log.event,
+        )
         self.spikes = incident.Spikes(config.spike_factor)
+        self.keeper = incident.Keeper(run_folder, layout, loader, log, tokenizer)
         self.last_validation: tuple[int, Sum] | None = None
         self.last_saved: int | None = None
-        self._signal: int | None = None
+        self.stopped = StopSignals(progress.message)
 
     def resume(self, found: checkpoint.Found) -> None:
         """Continue after `found`: optimizer, random states, position in the data, counts, metrics. Collective."""
-        state = checkpoint.load(self.layout, found)
-        self.loader.load_state_dict(state["loader"])
-        self.step, self.total_tokens, self.last_saved = state["step"], state["total_tokens"], state["step"]
-        self.num_skipped = state.get("num_skipped", 0)
-        self.spikes = incident.Spikes(self.config.spike_factor, state.get("recent_losses", ()))
+        self._stand_at(checkpoint.load(self.layout, found))
         self.log.resume_at(self.step)
         self.log.event(self.step, f"resumed from {found.folder.name}")
 
+    def _stand_at(self, state: dict[str, Any]) -> None:
+        """Counts and positions as a checkpoint remembers them (see `_state`)."""
+        self.loader.load_state_dict(state["loader"])
+        self.step = self.last_saved = state["step"]
+        names = {field.name for field in dataclasses.fields(Counts)}
+        self.counts = Counts(**{name: state[name] for name in names & state.keys()})
+        self.spikes = incident.Spikes(self.config.spike_factor, state.get("recent_losses", ()))
+
     def run(self) -> Outcome:
         """Train to the last step, or to the next step border after SIGINT or SIGTERM (saving first)."""
-        self._refuse_small_disk()
+        self.saver.prepare(self.num_steps)
         self.layout.objective.train()
         result: StepResult | None = None
         self.progress.start(self.num_steps, self.step)
         budget = Budget(self.layout, max_tokens=self.config.max_tokens, max_minutes=self.config.max_minutes)
-        used_up = budget.used_up(self.total_tokens)
-        with self._signals():
+        used_up = budget.used_up(self.counts.total_tokens)
+        with self.stopped.heard(), self.saver:
             if self.step == 0:
                 self._validate()
             while self.step < self.num_steps and not used_up:
+                before = self.step
                 with self.around_step(self.step + 1):
                     result = self._one_step()
-                used_up = budget.used_up(self.total_tokens)
+                if self.step <= before:  # went back: all that is due there was done
+                    if result.stop:
+                        break
+                    continue
+                self.saver.poll()  # one that failed in the background ends the run here, not at the next save
+                used_up = budget.used_up(self.counts.total_tokens)
                 due = self._due(result.stop, at_end=self.step == self.num_steps or bool(used_up))
                 if due("validate_every"):
                     self._validate()
@@ -122,7 +144,7 @@ class Trainer:
         state: Literal["finished", "interrupted"] = "finished" if complete or used_up else "interrupted"
         if used_up and not complete:
             self.log.event(self.step, f"finished: {used_up}")
-        return Outcome(state, self.step, loss, validation, self._signal, None if complete else used_up)
+        return Outcome(state, self.step, loss, validation, self.stopped.number, None if complete else used_up)
 
     def _due(self, stopping: bool, *, at_end: bool) -> Callable[[str], bool]:
         """Is `validate_every`, ... due after this step? At the end everything is; a stop only saves."""
@@ -138,23 +160,22 @@ class Trainer:
         return due
 
     def _one_step(self) -> StepResult:
+        """One step of the run, or the way back from it: then `self.step` is not larger than before."""
         start = time.perf_counter()
         micro_batches = next(self.loader)
         data_seconds = time.perf_counter() - start
         self._refuse_unknown_tokens(micro_batches)
-        optimizer = self.layout.optimizer
-        optim.set_rate(optimizer, optim.rate_at(self.rates, self.step, self.num_steps))
-        rates = optim.rates_of(optimizer)
+        optim.set_rate(self.layout.optimizer, optim.rate_at(self.rates, self.step, self.num_steps))
+        rates = optim.rates_of(self.layout.optimizer)
         view = StepView(self.step + 1, self.layout, micro_batches)
         watching = [watcher for watcher in self.watchers if watcher.wants(view.step)]
         random_state = checkpoint.random_states(self.layout.device)  # goes with the step if it must be kept
         kept: list[str] = []
 
         def inspect(result: StepResult) -> None:
-            if not result.is_finite:
-                kept.append(self._keep("nonfinite", view, result, rates, random_state))
-            elif self.spikes.is_spike(result.loss.mean):
-                self._keep("spike", view, result, rates, random_state)
+            kind = self._wrong_with(result)
+            if kind is not None:
+                self._look_into(incident.Suspect(kind, view, result, rates, random_state), kept)
 
         def before_update() -> None:
             for watcher in watching:
@@ -164,95 +185,95 @@ class Trainer:
             result = optimizer_step(
                 self.layout,
                 micro_batches,
-                stop=self._signal is not None,
+                stop=self.stopped.number is not None,
                 inspect=inspect,
                 before_update=before_update,
             )
+        except rollback.GoBack as back:
+            self._go_back(back)
+            return back.result
         except NonFinite as bad:
             result = bad.result
-            if self.config.on_nonfinite == "stop" or self.num_skipped >= self.config.skip_budget:
+            if self.config.on_nonfinite == "stop" or self.counts.num_skipped >= self.config.skip_budget:
                 self._give_up(result, rates, kept)
             discard(self.layout)
-            self.num_skipped += 1
+            self.counts.num_skipped += 1
             watching = []
         seconds = time.perf_counter() - start
         self.step += 1
-        step_tokens = int(result.loss.tokens)
         if result.is_finite:
-            self.total_tokens += step_tokens
+            self.counts.total_tokens += int(result.loss.tokens)
             self.spikes.add(result.loss.mean)
-        stats = {
-            "loss": result.loss.mean,
-            **{f"auxiliary/{name}": value for name, value in result.auxiliary.items()},
-            **rates,
-            "gradient_norm": result.gradient_norm,
-            "step_tokens": step_tokens,
-            "total_tokens": self.total_tokens,
-            "epoch": self.step / self.loader.steps_per_epoch,
-            "tokens_per_second": step_tokens / seconds,
-            "seconds/step": seconds,
-            "seconds/data": data_seconds,
-            **{f"seconds/{part}": value for part, value in result.seconds.items()},
-            **_memory(self.layout.device),
-        }
-        if not result.is_finite:
-            stats["skipped"] = True
-        if self.flops_per_step is not None and self.peak_flops is not None:
-            stats["mfu"] = self.flops_per_step / seconds / (self.peak_flops * self.layout.world_size)
+        stats = self.columns.of_step(
+            result, self.counts, rates=rates, seconds=seconds, data_seconds=data_seconds
+        )
         for watcher in watching:
             stats |= watcher.after_step(view, stats)
         self.log.log("train", self.step, stats)
         self.progress.update(self.step, stats)
         return result
 
-    def _keep(
-        self,
-        kind: incident.Kind,
-        view: StepView,
-        result: StepResult,
-        rates: dict[str, float],
-        random_state: dict[str, Any],
-    ) -> str:
-        """Write the incident and tell; returns what the user is told. A disk that is full does not end the run."""
-        what = f"step {view.step}: loss {result.loss.mean:.4g}, gradient norm {result.gradient_norm:.4g}"
-        if kind == "spike":
-            what = f"{what}: a spike, above {self.spikes.limit():.4g}"
-            if self._spikes_kept() >= incident.MOST_SPIKES:
-                self.log.event(view.step, f"{what}; not kept, there are {incident.MOST_SPIKES}", show=True)
-                return what
-        try:
-            folder = incident.write(
-                self.run_folder,
-                kind,
-                view,
-                result,
-                loader=self.loader,
-                rates=rates,
-                state=self._state(),
-                random_state=random_state,
-                tokenizer=self.tokenizer,
-            )
-            text = f"{what}; kept, compute it again with: minilm replay {folder}"
-        except CheckpointError as error:
-            text = f"{what}; not kept: {error}"
-        self.log.event(view.step, text, show=True)
-        return text
+    def _wrong_with(self, result: StepResult) -> incident.Kind | None:
+        if not result.is_finite:
+            return "nonfinite"
+        return "spike" if self.spikes.is_spike(result.loss.mean) else None
 
-    def _spikes_kept(self) -> int:
-        """Incidents of this run; the first rank counts, so that all ranks agree."""
-        folder = self.run_folder / incident.FOLDER
-        own = len(list(folder.glob("step-*"))) if self.layout.is_main and folder.is_dir() else 0
-        return int(self.layout.all_reduce([float(own)])[0])
+    def _look_into(self, suspect: incident.Suspect, kept: list[str]) -> None:
+        """Keep the step, tell, and decide before its update: return to go on with it, or raise. Collective."""
+        target = None
+        if suspect.kind == "spike" and self.config.on_spike == "rollback":
+            self.saver.wait()
+            target = rollback.target_of(self.layout, self.checkpoints, self.config.save_every)
+            if target is None:
+                text = f"step {suspect.view.step}: a spike, but there is no checkpoint to go back to yet: going on"
+                self.log.event(suspect.view.step, text, show=True)
+        text, folder = self.keeper.keep(
+            suspect, self.spikes, self._state(), self.counts.num_rollbacks, always=target is not None
+        )
+        kept.append(text)
+        if target is None:
+            return
+        if self.counts.num_rollbacks >= self.config.rollback_budget:
+            self._show_untaken(suspect.result, suspect.rates)
+            raise CheckFailed(
+                f"The loss spikes again: {text}\nThe run went back {self.counts.num_rollbacks} times, which is all "
+                "that train.rollback_budget allows; the step was not taken. Usual causes: a learning rate too high, "
+                "damaged or very odd documents (the incidents show the rows), train.spike_factor too small. To go on "
+                "all the same: --resume with another train.rollback_budget or train.on_spike report."
+            )
+        raise rollback.GoBack(suspect.result, target, folder)
+
+    def _go_back(self, back: rollback.GoBack) -> None:
+        """To the checkpoint, and on with the batches behind the offending one: see `rollback`. Collective."""
+        spiked, behind = self.step + 1, self.loader.next_step
+        state = rollback.put_back(self.layout, back.target)
+        skipped = behind - int(state["loader"]["next_step"])
+        num_skipped, num_rollbacks = self.counts.num_skipped, self.counts.num_rollbacks
+        self._stand_at(state)
+        # What the budgets count has happened, also in the part that is done again.
+        self.counts.num_skipped, self.counts.num_rollbacks = num_skipped, num_rollbacks + 1
+        self.loader.skip_to(behind)
+        self.last_validation = None
+        with checkpoint.together(self.layout, f"The way back to step {self.step} could not be written down"):
+            self.log.go_back(self.step, back.incident / rollback.ABANDONED if back.incident else None)
+            if self.layout.is_main:
+                rollback.retire_newer(self.checkpoints, back.target, back.incident)
+        text = f"step {spiked} spiked: went back to {back.target.folder.name} and on behind {skipped} skipped batches"
+        used = f"{self.counts.num_rollbacks} of {self.config.rollback_budget} times"
+        self.log.event(self.step, f"{text} ({used})", show=True, from_step=spiked, skipped_batches=skipped)
 
     def _give_up(self, result: StepResult, rates: dict[str, float], kept: list[str]) -> NoReturn:
         """Show the step that could not be taken as it is, and stop."""
-        values = {"loss": result.loss.mean, "gradient_norm": result.gradient_norm, **rates}
-        self.log.log("train", self.step + 1, values)
-        if self.num_skipped:
+        self._show_untaken(result, rates)
+        if self.counts.num_skipped:
             kept.append(
-                f"{self.num_skipped} steps were skipped before, which is all that train.skip_budget allows."
+                f"{self.counts.num_skipped} steps were skipped before, which is all that train.skip_budget allows."
             )
         raise NonFinite(result, "\n".join(kept))
+
+    def _show_untaken(self, result: StepResult, rates: dict[str, float]) -> None:
+        values = {"loss": result.loss.mean, "gradient_norm": result.gradient_norm, **rates}
+        self.log.log("train", self.step + 1, values)
 
     def _validate(self) -> None:
         if self.validate is None or (self.last_validation and self.last_validation[0] == self.step):
@@ -288,20 +309,9 @@ class Trainer:
     def _save(self) -> None:
         if self.last_saved == self.step:
             return
-        self.log.sync()
-        start = time.perf_counter()
-        path = checkpoint.save(
-            self.layout,
-            self.checkpoints,
-            self._state(),
-            tokenizer=self.tokenizer.save if self.tokenizer else None,
-        )
+        self.log.sync()  # a checkpoint must not be newer than the metrics that lead to it
+        self.saver.save(self._state())
         self.last_saved = self.step
-        if self.layout.is_main:
-            checkpoint.prune(
-                self.checkpoints, keep_last=self.config.keep_last, keep_best=self.config.keep_best
-            )
-        self.log.event(self.step, f"saved {path.name}", seconds=time.perf_counter() - start)
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint remembers of the run at this step border."""
@@ -309,10 +319,10 @@ class Trainer:
         return {
             "step": self.step,
             "num_steps": self.num_steps,
-            "total_tokens": self.total_tokens,
-            "num_skipped": self.num_skipped,
+            **dataclasses.asdict(self.counts),
             "recent_losses": list(self.spikes.recent),
             "validation_loss": total.mean if total is not None and validated == self.step else None,
+            "validation_store": self.validation_store,
             "loader": self.loader.state_dict(),
         }
 
@@ -328,49 +338,7 @@ class Trainer:
                 f"with --resume. What the step is made of:\n{rows}"
             )
 
-    def _refuse_small_disk(self) -> None:
-        """Find out now, not after hours, that the first checkpoint will not fit."""
-        needed = checkpoint.bytes_needed(sum(p.numel() for p in self.layout.model.parameters()))
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.checkpoints).free
-        if free < needed:
-            raise CheckpointError(
-                f"A checkpoint takes about {needed / 1e6:,.0f} MB, {self.checkpoints} has {free / 1e6:,.0f} MB free. "
-                "Free space or choose another place with run.folder."
-            )
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a save at the next step border; a second Ctrl-C ends at once.
-
-        A launcher passes Ctrl-C on as SIGTERM, so SIGTERM never counts as the second one.
-        """
-
-        def on_signal(number: int, frame: object) -> None:
-            if number == signal.SIGINT and self._signal == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._signal = self._signal or number
-            self.progress.message(
-                "stopping: will save after this step (Ctrl-C again: end at once, without saving)"
-            )
-
-        former = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
-
 
 def exit_code(outcome: Outcome) -> int:
     """0 for a finished run; 128 + signal for one that was asked to stop, as shells do."""
     return 0 if outcome.state == "finished" else 128 + (outcome.signal or signal.SIGINT)
-
-
-def _memory(device: torch.device) -> dict[str, float]:
-    """Megabytes: of the process, and of the device where there is one."""
-    values = {"memory/process_mb": psutil.Process().memory_info().rss / 1e6}
-    if device.type == "cuda":
-        values["memory/allocated_mb"] = torch.cuda.memory_allocated(device) / 1e6
-        values["memory/peak_mb"] = torch.cuda.max_memory_allocated(device) / 1e6
-    return values
