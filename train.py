@@ -33,6 +33,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--profile", metavar="STEPS", help="write where the time and memory of these steps go (10:13 or 10)"
     )
+    parser.add_argument(
+        "--check",
+        choices=("quick", "off"),
+        help="the doctor's checks before the first step (doctor.check; default: quick)",
+    )
     parser.add_argument("-h", "--help", action="store_true", help="show this page with all settings")
     arguments, settings = parser.parse_known_args(argv)
     if arguments.help:
@@ -44,6 +49,9 @@ def main(argv: list[str]) -> int:
 
     if arguments.init_from is not None:
         settings.append(f"--train.init_from={arguments.init_from}")
+
+    if arguments.check is not None:
+        settings.append(f"--doctor.check={arguments.check}")
 
     def run() -> int:
         from minilm.launch import train

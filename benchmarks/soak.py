@@ -51,6 +51,7 @@ SETTINGS = {
     "train.save_every": 7,
     "optim.warmup_steps": 5,
     "track.swanlab": "off",
+    "doctor.check": "off",  # of each start, not of the run
 }
 
 

@@ -38,7 +38,7 @@ class Books:
     """Opens the books of a run; `with` closes them, saying how it ended. `outcome` is set when it has one.
 
     step: where the run stands (0, or the step of the checkpoint that it resumes from). source: of the weights that
-    it begins with, if they are those of another run.
+    it begins with, if they are those of another run. checks: what the quick suite said before the first step.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Books:
         *,
         step: int,
         source: dict[str, Any] | None = None,
+        checks: dict[str, Any] | None = None,
     ) -> None:
         self.outcome: Outcome | None = None
         self.log: Any = Silent()
@@ -59,11 +60,15 @@ class Books:
         self._start = step
         self._trainer: Trainer | None = None
         if layout.is_main:
-            self._open = self._opened(origins, step, source)
+            self._open = self._opened(origins, step, source, checks)
             self.progress, self.log, _ = self._open
 
     def _opened(
-        self, origins: Mapping[str, str], step: int, source: dict[str, Any] | None
+        self,
+        origins: Mapping[str, str],
+        step: int,
+        source: dict[str, Any] | None,
+        checks: dict[str, Any] | None,
     ) -> tuple[Console, Tracker, manifest.Manifest]:
         config, layout, store = self._config, self._layout, self._data.train.store
         folder, settings, entropy = config.run_folder, flatten(config), store.entropy
@@ -82,6 +87,8 @@ class Books:
         )
         if source is not None:
             record.update(initial_weights=source)
+        if checks is not None:
+            record.update(checks=checks)
         console = Console(folder, log_every=config.track.log_every)
         tracker = Tracker(
             folder,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from minilm import initial, manifest, models, preview
+from minilm import checked, initial, manifest, models, preview
 from minilm.alignment import Sum
 from minilm.books import Books
 from minilm.config import Resolved, flatten
@@ -89,13 +89,15 @@ def _run(start: Start, profile: Steps | None) -> int:
     if start.is_complete:
         return _close_books(start)
     model, source = _model(start)
-    layout.prepare(
-        Objective(model).to(layout.device), optim.build(model, config.optim), ema_decay=config.train.ema_decay
-    )
+    optimizer = optim.build(model, config.optim)
+    checks = checked.before_first_step(start, model, optimizer)
+    recompute = config.train.activation_checkpointing == "blocks"
+    passing.arrange(model, recompute=recompute, compiled=config.train.compile)
+    layout.prepare(Objective(model).to(layout.device), optimizer, ema_decay=config.train.ema_decay)
     # Dropout must differ between ranks; the weights are the same on all, they were drawn before.
     torch.manual_seed(config.train.seed * 100_003 + layout.rank + 1)
-    with Books(config, start.origins, layout, data, step=start.step, source=source) as books:
-        watchers, profiler = _observers(config, layout, books, profile)
+    with Books(config, start.origins, layout, data, step=start.step, source=source, checks=checks) as books:
+        watchers, profiler = _observers(start, books, profile)
         trainer = _trainer(start, books, watchers, profiler)
         books.announce(start.loader, trainer)
         for line in start.idle:
@@ -110,7 +112,7 @@ def _run(start: Start, profile: Steps | None) -> int:
             outcome = trainer.run()
         books.outcome = outcome
     if layout.is_main:
-        _farewell(config, outcome)
+        _farewell(config, outcome, checks)
     return exit_code(outcome)
 
 
@@ -152,10 +154,13 @@ def _close_books(start: Start) -> int:
 
 
 def _observers(
-    config: RunConfig, layout: Layout, books: Books, profile: Steps | None
+    start: Start, books: Books, profile: Steps | None
 ) -> tuple[list[Watcher], StepProfiler | None]:
     """The watchers that the settings ask for; the profiler is one of them, on the first rank."""
+    config, layout = start.config, start.layout
     watchers: list[Watcher] = [LayerNorms(config.train.norms_every)] if config.train.norms_every else []
+    watch = checked.watch_of(start, books)
+    watchers += [watch] if watch is not None else []
     if profile is None or not layout.is_main:
         return watchers, None
     about = f"{config.model.name}, {config.model.num_parameters():,} parameters; {layout}"
@@ -173,8 +178,6 @@ def _model(start: Start) -> tuple[torch.nn.Module, dict[str, Any] | None]:
         model_folder.load_weights(model, start.found.folder)
     elif start.source is not None:
         source = initial.take_over(model, start.source)
-    recompute = config.train.activation_checkpointing == "blocks"
-    passing.arrange(model, recompute=recompute, compiled=config.train.compile)
     return model.to(start.layout.device), source
 
 
@@ -230,7 +233,7 @@ def _sampling(config: RunConfig, layout: Layout, data: Data) -> Callable[[int], 
     return sample
 
 
-def _farewell(config: RunConfig, outcome: Outcome) -> None:
+def _farewell(config: RunConfig, outcome: Outcome, checks: dict[str, Any]) -> None:
     folder = config.run_folder
     if outcome.state == "interrupted":
         print(
@@ -243,6 +246,7 @@ def _farewell(config: RunConfig, outcome: Outcome) -> None:
     why = f" ({outcome.reason})" if outcome.reason else ""
     print(f"\nfinished at step {outcome.step}{why}{loss}{validation}", file=sys.stderr)
     print(
-        f"  run folder  {folder}\n  curve       {folder / 'loss.png'}\n  samples     {folder / SAMPLES}",
+        f"  run folder  {folder}\n  curve       {folder / 'loss.png'}\n  samples     {folder / SAMPLES}\n"
+        f"  checks      {checked.counted(checks)}",
         file=sys.stderr,
     )

@@ -24,6 +24,7 @@ from minilm.config import Resolved, dump, resolve
 from minilm.data.loader import DataConfig
 from minilm.data.store import Store
 from minilm.data.tokenizer import Tokenizer
+from minilm.doctor.settings import DoctorConfig
 from minilm.errors import CheckpointError, ConfigError
 from minilm.models import folder as model_folder
 from minilm.models.base import ModelConfig
@@ -72,6 +73,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+    doctor: DoctorConfig = field(default_factory=DoctorConfig)
 
     @property
     def run_folder(self) -> Path:

@@ -27,6 +27,7 @@ _FREE_ON_RESUME = (
     *(
         "run.",
         "track.",
+        "doctor.",
         "sample.",
         "data.store",
         "data.validation_store",

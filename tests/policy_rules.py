@@ -72,6 +72,7 @@ FLOORS = {
             "books",
             "preview",
             "examination",
+            "checked",
             "initial",
             "effect",
             "start",

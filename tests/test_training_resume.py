@@ -238,3 +238,18 @@ def test_a_stop_saves_without_validating_first(tmp_path, monkeypatch, store):
     run = run_here(tmp_path, store, train__steps=20, train__validate_every=1)
     assert [r["step"] for r in records(run, "validation")] == [0]
     assert [c.step for c in checkpoint.list_checkpoints(run / "checkpoints")] == [1]
+
+
+def test_parameters_that_never_had_a_gradient_are_saved_and_resumed(store, tmp_path, monkeypatch):
+    from minilm.models.parts import SwiGLU
+
+    true = SwiGLU.forward
+    monkeypatch.setattr(
+        SwiGLU, "forward", lambda self, x: true(self, x).detach()
+    )  # as an expert that nobody chose
+    whole = run_here(tmp_path / "whole", store, train__steps=12)
+    run_here(tmp_path / "cut", store, train__steps=12, train__save_every=6, train__keep_last=3)
+    shutil.rmtree(tmp_path / "cut" / "run" / "checkpoints" / "step-00000012")
+    cut = run_here(tmp_path / "cut", store, resume=True, train__steps=12)
+    weights, again = final_weights(whole), final_weights(cut)
+    assert all(torch.equal(weights[name], again[name]) for name in weights)

@@ -35,6 +35,8 @@ SETTINGS = {
     "optim.warmup_steps": 5,
     "optim.clip_norm": 0.5,
     "track.swanlab": "off",
+    "doctor.check": "off",  # tests of the doctor turn it on
+    "doctor.watch": "false",
 }
 
 

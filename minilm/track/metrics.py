@@ -2,7 +2,7 @@
 
     {"kind": "train", "step": 12, "unix_seconds": 1790000000.25, "loss": 4.125, "learning_rate": 0.0003, ...}
 
-kind        "train" (every step), "validation", "sample" or "event"
+kind        "train" (every step), "validation", "sample", "doctor" (a look of the watch) or "event"
 step        number of optimizer steps done when the line was written
 nonfinite   only where a value was nan or infinite: {"gradient_norm": "inf"}. JSON has no such numbers, so the
             value itself is null; it is never left out, replaced or smoothed. `read_metrics` puts it back.
@@ -24,7 +24,7 @@ from minilm.errors import CheckpointError
 
 FILE = "metrics.jsonl"
 SUPERSEDED = "metrics.superseded.jsonl"
-KINDS = ("train", "validation", "sample", "event")
+KINDS = ("train", "validation", "sample", "event", "doctor")
 _OURS = ("kind", "step", "unix_seconds", "nonfinite")
 
 

@@ -95,7 +95,9 @@ def optimizer_state(layout: Layout) -> OptimizerState:
     if layout.engine is None:
         state = layout.optimizer.optimizer.state
         for name, parameter in named.items():
-            own = dict(state[parameter])
+            own = dict(state.get(parameter, {}))
+            if not own:  # it never had a gradient, for instance an expert that no token chose
+                continue
             steps[name] = float(own.pop("step"))
             tensors |= {name + _SEPARATOR + kind: value.detach().contiguous() for kind, value in own.items()}
         return OptimizerState(tensors, steps, average, num_updates)
@@ -119,8 +121,8 @@ def load(layout: Layout, folder: Path, weights: dict[str, Tensor]) -> None:
     tensors, steps = _read(folder / FILE, "steps")
     named = dict(layout.model.named_parameters())
     saved = {key.partition(_SEPARATOR)[0] for key in tensors}
-    # A checkpoint from before the first update (its steps were skipped) has no state at all.
-    wrong = [f"{name} has no optimizer state" for name in named if steps and name not in saved]
+    # A parameter that had no gradient yet has no state, and before the first update none has.
+    wrong = [f"{name} has no optimizer state" for name in steps if name not in saved]
     wrong += [f"{name} is no parameter of this model" for name in sorted(saved - named.keys())]
     wrong += [
         f"{key}: shape {list(tensor.shape)} instead of {list(named[name].shape)}"
@@ -206,7 +208,8 @@ def _load_sharded(
         with torch.no_grad():
             parameter.copy_(value)  # the copy that the forward uses, rounded to its type
         for kind in kinds:
-            parameter.set_full_hp_param(tensors[name + _SEPARATOR + kind].to(parameter.device), kind)
+            if name in steps:  # the others keep the zeros that they begin with
+                parameter.set_full_hp_param(tensors[name + _SEPARATOR + kind].to(parameter.device), kind)
 
 
 def _link(zero: Any) -> None:

@@ -1,0 +1,209 @@
+"""The quick suite before a run and the watch during it: silent on healthy runs, awake on planted bugs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data_stores import store_of
+from training_runs import SETTINGS, VOCAB, final_weights, flags, launched, make_store, records, run_here
+
+from minilm.alignment import Batch
+from minilm.doctor.watch import Watch
+from minilm.errors import CheckFailed
+from minilm.models.attention import Plan
+from minilm.training import optim, step, trainer
+from minilm.training.layout import Layout
+
+WATCHED: dict[str, Any] = {"doctor__watch": "true", "doctor__watch_share": 0.9, "train__steps": 12}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("watch") / "store")
+
+
+def failures(run: Path) -> list[str]:
+    return [e["text"] for e in records(run, "event") if " FAIL " in e["text"]]
+
+
+def test_a_healthy_run_is_checked_watched_and_not_changed_by_it(store: Path, tmp_path: Path) -> None:
+    plain = run_here(tmp_path / "plain", store, train__steps=12)
+    run = run_here(tmp_path / "watched", store, doctor__check="quick", train__micro_batch=2, **WATCHED)
+    looks = records(run, "doctor")
+    assert len(looks) >= 2
+    assert all(look["failures"] == 0 and look["replay_error"] < 1e-5 for look in looks)
+    assert not failures(run)
+    kept = json.loads((run / "manifest.json").read_text())["checks"]
+    assert kept["counts"]["FAIL"] == 0 and kept["counts"]["PASS"] > 15
+    again = run_here(tmp_path / "again", store, train__steps=12, train__micro_batch=2)
+    weights, watched = final_weights(again), final_weights(run)
+    assert all(torch.equal(weights[name], watched[name]) for name in weights)
+    assert [r["loss"] for r in records(again, "train")] == [r["loss"] for r in records(run, "train")]
+    assert len(records(plain, "train")) == 12
+
+
+def test_dropout_and_packed_rows_raise_no_alarm(store: Path, tmp_path: Path) -> None:
+    run = run_here(tmp_path, store, model__dropout=0.2, data__rows="packed", doctor__check="quick", **WATCHED)
+    assert records(run, "doctor") and not failures(run)
+
+
+def test_a_look_takes_its_share_of_the_time_and_no_more() -> None:
+    watch = Watch(
+        planned_rates=lambda _: {}, precision="fp32", has_dropout=False, steps_per_epoch=10,
+        report=lambda *_: None, note=lambda *_: None, share=0.01,
+    )  # fmt: skip
+
+    class View:
+        step = 100
+
+        class layout:
+            world_size = 1
+
+            @staticmethod
+            def all_reduce(values: list[float]) -> list[float]:
+                return values
+
+    import time
+
+    watch.seconds, watch._begun = 1.0, time.perf_counter() - 10.0  # 100 steps in 10 s, 1 s of looking: 10 %
+    interval = watch._interval(0.5, View())  # type: ignore[arg-type]
+    assert 890 <= interval <= 900  # at 0.1 s a step, 1 s is 1 % after 1000 steps
+
+
+def _scaled_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = step.optimizer_step
+
+    def scaled(layout: Layout, micro_batches: Any, **kwargs: Any) -> Any:
+        result = whole(layout, micro_batches, **kwargs)
+        larger = result.loss._replace(nats=result.loss.nats * len(micro_batches))
+        return dataclasses.replace(result, loss=larger)
+
+    monkeypatch.setattr(trainer, "optimizer_step", scaled)
+
+
+def _eval_mode_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = step.optimizer_step
+
+    def evaluating(layout: Layout, micro_batches: Any, **kwargs: Any) -> Any:
+        layout.model.eval()
+        return whole(layout, micro_batches, **kwargs)
+
+    monkeypatch.setattr(trainer, "optimizer_step", evaluating)
+
+
+def _rate_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = optim.set_rate
+    monkeypatch.setattr(optim, "set_rate", lambda optimizer, rate: true(optimizer, 2 * rate))
+
+
+def _shifted_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minilm.data import loader
+
+    true = loader.align
+
+    def unshifted(*args: Any) -> Batch:
+        batch = true(*args)
+        return dataclasses.replace(batch, targets=batch.inputs.clone())
+
+    monkeypatch.setattr(loader, "align", unshifted)
+
+
+def _frozen_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minilm.models.parts import SwiGLU
+
+    true = SwiGLU.forward
+    monkeypatch.setattr(SwiGLU, "forward", lambda self, x: true(self, x).detach())
+
+
+def _eval_is_another_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minilm.models.parts import Attention
+
+    true = Attention.forward
+
+    def other(self: Attention, x: torch.Tensor, plan: Plan) -> torch.Tensor:
+        return true(self, x, plan) if self.training else true(self, x, plan) * 0
+
+    monkeypatch.setattr(Attention, "forward", other)
+
+
+def _same_rows_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minilm.data.loader import Loader
+
+    true = Loader.step
+    monkeypatch.setattr(Loader, "step", lambda self, step: true(self, step % 3))
+
+
+PLANTED = {
+    "watch_loss": _scaled_log,
+    "watch_mode": _eval_mode_kept,
+    "watch_schedule": _rate_twice,
+    "watch_targets": _shifted_targets,
+    "watch_gradients": _frozen_block,
+    "watch_modes": _eval_is_another_path,
+    "watch_rows": _same_rows_again,
+}
+
+
+@pytest.mark.parametrize("check", PLANTED)
+def test_the_watch_finds_what_is_planted_into_our_own_trainer(
+    check: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PLANTED[check](monkeypatch)
+    settings = WATCHED | {"train__steps": 45, "train__micro_batch": 2}
+    run = run_here(tmp_path, store, train__validate_every=None, **settings)
+    assert any(text.startswith(f"{check} FAIL") for text in failures(run)), failures(run)
+    if check == "watch_loss":
+        assert "the number of micro-batches too large" in failures(run)[0]
+
+
+def test_a_model_that_sees_its_target_is_found_by_random_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minilm.models import attention
+
+    monkeypatch.setattr(
+        attention, "allowed", lambda queries, keys: queries[:, None, :, None] == keys[:, None, None, :]
+    )
+    draw = np.random.default_rng(0)  # nothing can be learnt of these documents, but by looking ahead
+    random = store_of(
+        tmp_path / "random", {"a": draw.integers(0, VOCAB, (200, 25)).tolist()}, vocab_size=VOCAB
+    )
+    settings = WATCHED | {"train__steps": 400, "model__attention": "eager", "optim__learning_rate": 1e-2}
+    run = run_here(tmp_path, random.path, **settings)
+    assert any(text.startswith("watch_random FAIL") for text in failures(run))
+
+
+def test_a_failure_can_stop_the_run(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _scaled_log(monkeypatch)
+    with pytest.raises(CheckFailed, match="computed again"):
+        run_here(tmp_path, store, doctor__on_failure="stop", train__micro_batch=2, **WATCHED)
+
+
+def test_a_bug_in_the_model_stops_the_run_before_it_costs_anything(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minilm.models import attention
+
+    monkeypatch.setattr(
+        attention, "allowed", lambda queries, keys: queries[:, None, :, None] == keys[:, None, None, :]
+    )
+    eager = {"model__attention": "eager", "train__steps": 6}
+    with pytest.raises(CheckFailed, match=r"causality[\s\S]*mask-missing[\s\S]*--doctor.check=off"):
+        run_here(tmp_path, store, doctor__check="quick", **eager)
+    run = run_here(
+        tmp_path, store, doctor__check="off", **eager
+    )  # the name is free, and the omission is written down
+    assert json.loads((run / "manifest.json").read_text())["checks"]["suite"] == "off"
+
+
+def test_the_flag_check_off_is_said_at_the_end(store: Path, tmp_path: Path) -> None:
+    given = {k: v for k, v in SETTINGS.items() if k != "doctor.check"}
+    given |= {"data.store": store, "run.folder": tmp_path, "run.name": "a", "train.steps": 6}
+    done = launched([*flags(given), "--check", "off"])
+    assert "unchecked: doctor.check is off" in done.stderr
