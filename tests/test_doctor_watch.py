@@ -135,8 +135,8 @@ def _eval_is_another_path(monkeypatch: pytest.MonkeyPatch) -> None:
 def _same_rows_again(monkeypatch: pytest.MonkeyPatch) -> None:
     from minilm.data.loader import Loader
 
-    true = Loader.step
-    monkeypatch.setattr(Loader, "step", lambda self, step: true(self, step % 3))
+    true = Loader._rows_of
+    monkeypatch.setattr(Loader, "_rows_of", lambda self, step: true(self, step % 3))
 
 
 PLANTED = {
@@ -157,7 +157,7 @@ def test_the_watch_finds_what_is_planted_into_our_own_trainer(
     PLANTED[check](monkeypatch)
     settings = WATCHED | {"train__steps": 45, "train__micro_batch": 2}
     run = run_here(tmp_path, store, train__validate_every=None, **settings)
-    assert any(text.startswith(f"{check} FAIL") for text in failures(run)), failures(run)
+    assert any(text.startswith(f"{check} FAIL") for text in failures(run)), records(run, "doctor")
     if check == "watch_loss":
         assert "the number of micro-batches too large" in failures(run)[0]
 

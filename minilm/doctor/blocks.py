@@ -67,7 +67,8 @@ def leaves(parts: Sequence[tuple[str, nn.Module]]) -> Iterator[dict[str, tuple[T
             if old is None:
                 return None
             given[name] = old.detach().clone().requires_grad_()
-            return replaced(args, old, given[name]), replaced(kwargs, old, given[name])
+            new = given[name].clone()  # a block may write into what it is given
+            return replaced(args, old, new), replaced(kwargs, old, new)
 
         def after(_: nn.Module, args: Any, output: Any, name: str = name) -> None:
             made = stream(output)

@@ -210,7 +210,10 @@ def run_checks(subject: Subject, chosen: Iterable[Check]) -> Iterator[Finding]:
     """Findings one by one, as they come. Random states and modes of the subject are as before after each."""
     from minilm.doctor.probes import untouched
 
-    for one in chosen:
-        with untouched(subject):
-            finding = one(subject)
-        yield finding
+    try:
+        for one in chosen:
+            with untouched(subject):
+                finding = one(subject)
+            yield finding
+    finally:
+        subject.spare.clear()

@@ -1,4 +1,7 @@
-"""What a wrong gradient says of the step that made it: a factor, a weighting of micro-batches, or something else."""
+"""What a wrong gradient says of the step that made it: a factor, a weighting of micro-batches, or something else.
+
+Where no optimizer is handed over, the movement of the weights is all there is to be seen: `by_movement`.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,20 @@ from dataclasses import dataclass
 
 import torch
 
-from minilm.doctor.probes import num_targets
-from minilm.doctor.stepping import Vector, mixture, relative_error, shares
-from minilm.doctor.subject import Rows
+from minilm.doctor.core import Finding, NotApplicable, failed, passed
+from minilm.doctor.probes import no_randomness, num_targets
+from minilm.doctor.stepping import (
+    NO_LIMIT,
+    Vector,
+    dot,
+    mixture,
+    norm,
+    relative_error,
+    shares,
+    start,
+    watched_step,
+)  # fmt: skip
+from minilm.doctor.subject import Rows, Subject
 
 CUTS = (1, 2, 8)  # micro-batches per step
 
@@ -137,3 +151,35 @@ def _unexplained(trial: Trial, rest: float) -> tuple[list[str], str, str, str]:
                 f"{text}: all its values are those of a 16-bit type", "accumulate gradients in float32")  # fmt: skip
     return (["zero-grad-missing", "frozen-by-accident", "params-missing"], f"gradient of {worst}", text,
             "look for what else is added to, taken from or done to the gradient")  # fmt: skip
+
+
+TURNED = 0.05  # 1 - cosine; an adaptive optimizer turns gradients near zero into whole steps of either sign
+
+
+def by_movement(subject: Subject, rows: Rows) -> Finding:
+    """The weights must move alike however the step is cut, three steps long (the first may have a rate of 0)."""
+    moved: dict[int, dict[str, torch.Tensor]] = {}
+    for cut in CUTS:
+        training = start(subject, clip_norm=NO_LIMIT, seed=0)
+        with no_randomness(training.module):
+            taken = [watched_step(training, rows.split(len(rows) // cut)) for _ in range(3)]
+        before, after = taken[0].before, taken[-1].after
+        moved[cut] = {name: (after[name] - before[name]).float() for name in before}
+    whole = moved[1]
+    if norm(whole) == 0:
+        raise NotApplicable("the weights do not move in three steps")
+    sizes = {cut: norm(part) / norm(whole) for cut, part in moved.items()}
+    turned = {cut: 1 - dot(part, whole) / max(norm(part) * norm(whole), 1e-30) for cut, part in moved.items()}
+    worst = max(CUTS, key=lambda cut: max(turned[cut], abs(sizes[cut] - 1)))
+    error = max(turned[worst], abs(sizes[worst] - 1))
+    text = f"{worst} micro-batches move the weights {sizes[worst]:.4g} times as far as one, 1 - cos {turned[worst]:.2g}"
+    if error <= TURNED:
+        return passed(
+            f"{text} (no optimizer: only movements were seen)", error, TURNED, unit="of the movement"
+        )
+    straight = turned[worst] <= TURNED
+    bugs = ["accum-not-divided", "last-accum-group-underscaled"] if straight else ["mean-of-means-accum"]
+    if not straight:
+        bugs += ["zero-grad-each-micro", "last-partial-dropped", "accum-phase", "steps-vs-microsteps"]
+    return failed(text, error, TURNED, unit="of the movement", bugs=bugs, component="gradient accumulation",
+                  advice="divide the summed loss of each micro-batch by the targets of the whole step")  # fmt: skip

@@ -20,7 +20,7 @@ from minilm.doctor.core import NotApplicable
 from minilm.doctor.subject import DataView, Rows
 
 MAX_TOKENS = 1_500_000  # that one look at a split or an epoch takes in, and
-MAX_SECONDS = 4.0  # how long it may take
+MAX_SECONDS = 5.0  # how long it may take
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -30,8 +30,8 @@ class Documents:
 
     tokens: np.ndarray
     offsets: np.ndarray
-    whole: bool  # False: only the first ones were looked at
-    excerpt: str = ""
+    whole: bool  # False: only the first ones of those that were given
+    excerpt: bool = False  # the owner gave only the first ones
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -47,9 +47,7 @@ class Documents:
     @property
     def said(self) -> str:
         """What was looked at, for a finding."""
-        return self.excerpt or (
-            f"all {len(self)} documents" if self.whole else f"the first {len(self)} documents"
-        )
+        return f"{'all' if self.whole and not self.excerpt else 'the first'} {len(self):,} documents"
 
     def grams(self, n: int) -> np.ndarray:
         """Hashes of all n-grams that lie within one document."""
@@ -83,7 +81,8 @@ class Epoch:
     def hashes(self) -> np.ndarray:
         """[R] a hash of each row's tokens, in the order in which they came."""
         real = np.where(self.runs > 0, self.tokens.astype(np.uint64) + np.uint64(1), np.uint64(0))
-        return (_mixed(real) * _powers(real.shape[1])).sum(axis=1, dtype=np.uint64)
+        found: np.ndarray = (_mixed(real) * _powers(real.shape[1])).sum(axis=1, dtype=np.uint64)
+        return found
 
     def pairs(self) -> np.ndarray:
         """Hashes of (token before, target) of all targets."""
@@ -98,7 +97,8 @@ def documents(view: DataView, split: str, part: str = "documents") -> Documents:
     given = give(split)
     if len(given) and np.ndim(given[0]) == 0:  # one stream
         given = [given]
-    taken, total, deadline = [], 0, time.monotonic() + MAX_SECONDS
+    taken: list[np.ndarray] = []
+    total, deadline = 0, time.monotonic() + MAX_SECONDS
     for document in given:
         if taken and (total + len(document) > MAX_TOKENS or time.monotonic() > deadline):
             break
@@ -107,7 +107,7 @@ def documents(view: DataView, split: str, part: str = "documents") -> Documents:
     if not total:
         raise NotApplicable(f"there are no {split} documents")
     offsets = np.concatenate([[0], np.cumsum([len(d) for d in taken])])
-    return Documents(np.concatenate(taken), offsets, len(taken) == len(given), view.excerpt)
+    return Documents(np.concatenate(taken), offsets, len(taken) == len(given), bool(view.excerpt))
 
 
 def epoch(view: DataView, number: int, seed: int, rank: int = 0, world: int = 1) -> Epoch:
@@ -128,7 +128,8 @@ def gathered(batches: Iterable[Rows]) -> Epoch:
             whole = False
             break
     if not total:
-        return Epoch(*(np.zeros((0, 1), dtype=np.int64) for _ in range(3)), (), True)
+        none = np.zeros((0, 1), dtype=np.int64)
+        return Epoch(none, none, none, (), True)
     width = max(rows.tokens.shape[1] for rows in taken)
 
     def joined(parts: list[Any]) -> np.ndarray:
@@ -199,9 +200,10 @@ def coverage(part: Documents, grams_of_other: np.ndarray, n: int) -> np.ndarray:
         return np.where(counts > 0, np.bincount(owner, weights=found, minlength=len(part)) / counts, np.nan)
 
 
-def row_places(rows: Epoch, made_of: Documents, n: int = 8) -> np.ndarray:
+def row_places(rows: Epoch, made_of: Documents) -> np.ndarray:
     """[R]: where in the documents, end to end, each row was taken from; -1 where it cannot be told."""
-    for length in (n, 5, 3):
+    best = np.full(len(rows), -1)
+    for length in (8, 24, 48, 4):  # pieces long enough to stand in one place only, short enough for the rows
         known, ends = gram_table(made_of.tokens[None], made_of.numbers[None], length)
         order = np.argsort(known, kind="stable")
         known, ends = known[order], ends[order]
@@ -212,9 +214,11 @@ def row_places(rows: Epoch, made_of: Documents, n: int = 8) -> np.ndarray:
         chosen = unique[first]
         found = np.full(len(rows), -1)
         found[row] = ends[left[chosen]] - at[chosen] % rows.tokens.shape[1]
-        if (found >= 0).mean() > 0.8:
+        if (found >= 0).sum() > (best >= 0).sum():
+            best = found
+        if (best >= 0).mean() > 0.8:
             break
-    return found
+    return best
 
 
 def lost(view: DataView, number: int, seed: int) -> int | None:
@@ -222,10 +226,17 @@ def lost(view: DataView, number: int, seed: int) -> int | None:
     return view.lost_targets(number, seed) if callable(view.lost_targets) else view.lost_targets
 
 
-def sample(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` of them, evenly spaced."""
+def sample(items: Sequence[Any], count: int, most: int = 100_000) -> list[Any]:
+    """At most `count` of them, evenly spaced, and no more once their lengths add up to `most`."""
     step = max(1, -(-len(items) // count))
-    return list(itertools.islice(items, 0, None, step))
+    taken: list[Any] = []
+    total = 0
+    for item in itertools.islice(items, 0, None, step):
+        taken.append(item)
+        total += len(item)
+        if total > most:
+            break
+    return taken
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:

@@ -138,6 +138,7 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding
 table{border-collapse:collapse;width:100%}td,th{padding:.25rem .6rem;text-align:left;border-bottom:1px solid #e5e5e5;
 vertical-align:top}td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .PASS{color:#137333}.FAIL{color:#b3261e;font-weight:600}.NOT{color:#8a6100}
+.wide{overflow-x:auto}
 section{border-left:4px solid #b3261e;padding:.2rem 1rem;margin:1rem 0;background:#fdf4f3}dt{font-weight:600}
 dd{margin:0 0 .4rem 0}code{background:#f4f4f4;padding:0 .2rem}
 @media(prefers-color-scheme:dark){body{background:#161616;color:#e6e6e6}td,th{border-color:#333}section{background:#2a1c1b}
@@ -159,7 +160,9 @@ def page(examination: Examination) -> str:
     for finding in examination.of("FAIL"):
         entries = "".join(f"<dt>{name}<dd>{_linked(text)}" for name, text in explained(finding))
         parts.append(f"<section><h2 class=FAIL>FAIL {finding.check}</h2><dl>{entries}</dl></section>")
-    parts.append("<table><tr><th>check<th><th>what was seen<th>measured<th>limit<th>margin<th>cost")
+    parts.append(
+        "<div class=wide><table><tr><th>check<th><th>what was seen<th>measured<th>limit<th>margin<th>cost"
+    )
     group = ""
     for f in examination.findings:
         if f.group != group:
@@ -170,7 +173,7 @@ def page(examination: Examination) -> str:
             f"<td class=n>{number(f.measured, f.unit)}<td class=n>{number(f.threshold)}<td class=n>{margin(f)}"
             f"<td class=n>{f.seconds:.2f} s"
         )
-    parts.append("</table><p>NOT RUN says nothing, neither good nor bad.</p></html>")
+    parts.append("</table></div><p>NOT RUN says nothing, neither good nor bad.</p></html>")
     return "\n".join(parts) + "\n"
 
 

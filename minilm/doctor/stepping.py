@@ -59,8 +59,9 @@ def uneven_rows(subject: Subject, seed: int = 0, lengths: Sequence[int] = LENGTH
     tokens = tokens_for(subject, len(lengths), longest, seed)
     if tokens.shape[1] < longest:
         raise NotApplicable(f"needs rows of {longest} tokens, the subject takes {tokens.shape[1]}")
-    pad = getattr(subject.tokenizer, "pad_id", None)
-    pad = pad if pad is not None else min(subject.special_ids, default=0)
+    assert subject.vocab_size is not None
+    known = [getattr(subject.tokenizer, "pad_id", None), *subject.special_ids, 0]
+    pad = next(i for i in known if i is not None and 0 <= i < subject.vocab_size)
     return Rows.documents(
         [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)], pad, length=longest
     )
@@ -122,6 +123,25 @@ def logits_of(training: Training, rows: Rows) -> Tensor:
     return training.forward(training.module, rows.tokens.to(device), rows.segments.to(device))
 
 
+def gradients_of(loss: Tensor, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """By name, float32; `.grad` is as before. Parameters that the loss does not depend on are left out."""
+    try:
+        parts = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
+        return {n: g.detach().float() for n, g in zip(named, parts, strict=True) if g is not None}
+    except RuntimeError as error:
+        if "heckpoint" not in str(error):  # reentrant checkpointing works with backward() only
+            raise
+    kept = {name: p.grad for name, p in named.items()}
+    try:
+        for p in named.values():
+            p.grad = None
+        loss.backward()
+        return {n: p.grad.detach().float() for n, p in named.items() if p.grad is not None}
+    finally:
+        for name, p in named.items():
+            p.grad = kept[name]
+
+
 def reference_gradients(training: Training, rows: Rows) -> list[dict[str, Tensor]]:
     """The gradient of each row's summed nats at the present weights; `.grad` and random states are left alone."""
     named = trainable(training.module)
@@ -130,11 +150,17 @@ def reference_gradients(training: Training, rows: Rows) -> list[dict[str, Tensor
     with random_states_kept(), no_randomness(training.module):
         for row in range(len(rows)):
             one = rows.take(slice(row, row + 1))
-            parts = torch.autograd.grad(
-                reference_loss(logits_of(training, one), one), list(named.values()), allow_unused=True
-            )
-            found.append({n: g.detach().float() for n, g in zip(named, parts, strict=True) if g is not None})
+            found.append(gradients_of(reference_loss(logits_of(training, one), one), named))
     return found
+
+
+def reference_gradient(training: Training, rows: Rows) -> dict[str, Tensor]:
+    """The gradient of the mean over all targets of the rows, at once, at the present weights."""
+    named = trainable(training.module)
+    training.module.train()
+    with random_states_kept(), no_randomness(training.module):
+        loss = reference_loss(logits_of(training, rows), rows) / num_targets(rows)
+        return gradients_of(loss, named)
 
 
 def reference_mean(training: Training, rows: Rows) -> float:

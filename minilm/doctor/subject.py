@@ -104,6 +104,7 @@ class DataView:
     encoders    name of an entry point ("training", "evaluation", "prompt") -> text -> ids with which it begins a text,
                 special tokens included; an EOS at the end is not looked at
     encode_pair  context, continuation -> ids of each, as an evaluation of continuations gives them to the model
+    validation_batches  (rank, world) -> the rows on which this rank evaluates
     resumed     (epoch, seed, rank, world, done) -> all that a loader gives, to the end of the NEXT epoch, after `done`
                 batches of `epoch` were used up and its state was saved and loaded into a new one
     worker_rows  (epoch, seed, worker, workers) -> the rows that this worker process of the loader makes
@@ -114,14 +115,15 @@ class DataView:
     excerpt     what of the data is shown, where it is not all of it ("the first 2,000 documents")
     """
 
-    documents: Callable[[str], Sequence[Sequence[int]]] | None = None
-    stored: Callable[[str], Sequence[Sequence[int]]] | None = None
+    documents: Callable[[str], Sequence[Any]] | None = None
+    stored: Callable[[str], Any] | None = None
     batches: Callable[[int, int, int, int], Iterable[Rows]] | None = None
     lost_targets: int | Callable[[int, int], int] | None = None
     fingerprint_of_tokenizer: str | Mapping[str, str] | None = None  # of what made the data, or by split
     texts: Callable[[str], Sequence[str]] | None = None
     encoders: Mapping[str, Callable[[str], Sequence[int]]] | None = None
     encode_pair: Callable[[str, str], tuple[Sequence[int], Sequence[int]]] | None = None
+    validation_batches: Callable[[int, int], Iterable[Rows]] | None = None
     resumed: Callable[[int, int, int, int, int], Iterable[Rows]] | None = None
     worker_rows: Callable[[int, int, int, int], Iterable[Rows]] | None = None
     sources: Callable[[str], Sequence[str]] | None = None
@@ -146,7 +148,6 @@ class Subject:
     windows         for each layer, how many tokens a position sees, itself included (None: all before it); None
                     instead of the tuple: not known
     shifted_forward tokens, offset -> logits, all positions counted from offset; only if positions are relative
-    recomputed_forward  `forward`, with activations recomputed in the backward pass
     lowered         -> the same subject in bfloat16, brought there as its owner does it (cast, loaded, prepared)
     module          what has the parameters; train() and eval() are called on it
     unused          parameters (patterns of names) that get no gradient by design
@@ -163,6 +164,7 @@ class Subject:
     perplexity      the same, as perplexity
     bits_per_byte   the same, in bits per byte of the predicted text
     continuation    prompt ids, continuation ids -> mean loss of the continuation in nats per token
+    document        token ids of a document of any length -> (summed nats, number of tokens that were scored)
     generate        list of prompts, max_new_tokens, and by keyword temperature, top_k, top_p, seed, eos_id
                     -> for each prompt the new tokens only
     choose          logits [B, V], and the same keywords -> chosen ids [B] (the sampler alone)
@@ -171,7 +173,9 @@ class Subject:
     data            a `DataView`
     tokenizer       an object with encode, decode, eos_id, bos_id, pad_id, num_tokens
     memory, router  what the checks of knowledge memories and mixtures need (see checks of those groups)
-    ranks           (function, world size) -> what the function returns on each rank; starts the processes
+    ranks           (function, world size) -> what function(training, rank, world size) returns on each rank, in their
+                    order; training is that rank's own, as above. The function and what it returns can be sent to
+                    other processes
     """
 
     name: str = "subject"
@@ -187,7 +191,6 @@ class Subject:
     left_padding: bool = False
     windows: tuple[int | None, ...] | None = None
     shifted_forward: Callable[[Tensor, int], Tensor] | None = None
-    recomputed_forward: Callable[[Tensor], Tensor] | None = None
     lowered: Callable[[], Subject] | None = None
     module: nn.Module | None = None
     unused: tuple[str, ...] = ()
@@ -203,6 +206,7 @@ class Subject:
     perplexity: Callable[[Sequence[Rows]], float] | None = None
     bits_per_byte: Callable[[Sequence[Rows]], float] | None = None
     continuation: Callable[[Sequence[int], Sequence[int]], float] | None = None
+    document: Callable[[Sequence[int]], tuple[float, int]] | None = None
     generate: Callable[..., Sequence[Sequence[int]]] | None = None
     choose: Callable[..., Tensor] | None = None
     save: Callable[[nn.Module, Path], object] | None = None
@@ -216,6 +220,9 @@ class Subject:
     exceptions: Mapping[str, str] = field(
         default_factory=dict
     )  # check name -> why it does not apply, by design
+    spare: dict[Any, Any] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # memory of the checks, not yours
 
     def lacks(self, needs: Sequence[str]) -> list[str]:
         """Which of `needs` (attribute names; `data.batches` for a part of a part) it does not have."""
@@ -247,6 +254,7 @@ NEEDS = {
     "perplexity": "an evaluation that reports perplexity",
     "bits_per_byte": "an evaluation that reports bits per byte",
     "continuation": "an evaluation of continuations",
+    "document": "an evaluation of documents of any length",
     "generate": "a generator",
     "choose": "a sampler",
     "save": "a function that saves",
@@ -256,6 +264,7 @@ NEEDS = {
     "data.documents": "the documents that the data was made of",
     "data.stored": "the token ids as read back from storage",
     "data.batches": "the batches of an epoch",
+    "data.validation_batches": "the batches of an evaluation",
     "data.resumed": "a loader that can be continued",
     "data.worker_rows": "the rows that each worker process makes",
     "data.sources": "the source of each document",

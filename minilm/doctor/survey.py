@@ -23,7 +23,7 @@ import torch
 from minilm.doctor.core import Check, run_checks, select
 from minilm.doctor.report import number
 from minilm.doctor.surroundings import machine
-from minilm.doctor.targets.families import FOUND
+from minilm.doctor.targets.families import FOUND, FOUND_EVERYWHERE, exceptions_of
 from minilm.doctor.targets.huggingface import families, family_subject
 from minilm.errors import ConfigError
 
@@ -104,9 +104,12 @@ def examine_family(task: tuple[str, Sequence[str]]) -> Row:
 
 def unexplained(row: Row) -> list[Row]:
     """Failures of a family that docs/found.md does not explain."""
-    return [
-        f for f in row["findings"] if f["status"] == "FAIL" and f["check"] not in FOUND.get(row["family"], {})
-    ]
+    return [f for f in row["findings"] if f["status"] == "FAIL" and f["check"] not in known_defects(row)]
+
+
+def known_defects(row: Row) -> dict[str, str]:
+    """check -> defect, of a family."""
+    return {**FOUND_EVERYWHERE, **FOUND.get(row["family"], {})}
 
 
 def line(row: Row) -> str:
@@ -156,7 +159,7 @@ def markdown(facts: Row, text: str) -> str:
             continue
         of = {s: [f for f in row["findings"] if f["status"] == s] for s in ("PASS", "FAIL", "NOT RUN")}
         fails = "; ".join(
-            f"{f['check']}: {FOUND.get(row['family'], {}).get(f['check'], f['message'])}" for f in of["FAIL"]
+            f"{f['check']}: {known_defects(row).get(f['check'], f['message'])}" for f in of["FAIL"]
         )
         cells = [
             row["family"],
@@ -173,8 +176,6 @@ def markdown(facts: Row, text: str) -> str:
         "| family | check | reason |",
         "| --- | --- | --- |",
     ]
-    from minilm.doctor.targets.families import exceptions_of
-
     for row in rows:
         for check, reason in exceptions_of(row["family"]).items():
             parts.append(f"| {row['family']} | {check} | {reason} |")

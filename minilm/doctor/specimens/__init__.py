@@ -4,7 +4,22 @@ They share no code with the rest of minilm, so that what a check knows of them i
 """
 
 from minilm.doctor.specimens.model import Attention, Block, FeedForward, Model, Norm, Rotary
+from minilm.doctor.specimens.pipeline import Pipeline
 from minilm.doctor.specimens.subject import subject
-from minilm.doctor.specimens.training import Trainer
+from minilm.doctor.specimens.training import AutocastTrainer, Trainer
+from minilm.doctor.specimens.writing import Evaluation, Generator
 
-__all__ = ["Attention", "Block", "FeedForward", "Model", "Norm", "Rotary", "Trainer", "subject"]
+__all__ = [
+    "Attention",
+    "AutocastTrainer",
+    "Block",
+    "Evaluation",
+    "FeedForward",
+    "Generator",
+    "Model",
+    "Norm",
+    "Pipeline",
+    "Rotary",
+    "Trainer",
+    "subject",
+]

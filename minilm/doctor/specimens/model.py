@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -223,6 +224,15 @@ class Model(nn.Module):
         starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
         first = torch.where(starts, index, 0).cummax(dim=1).values
         return torch.where(segments > 0, index - first, 0)
+
+    def from_place(self, tokens: Tensor, offset: int) -> Tensor:
+        """Logits when the first token is at position `offset`."""
+        segments = torch.ones_like(tokens)
+        return self(tokens, segments, self.positions(segments) + offset)
+
+    def lowered(self) -> Model:
+        """A copy in bfloat16."""
+        return copy.deepcopy(self).bfloat16()
 
     def new_caches(self) -> list[dict[str, Tensor]]:
         return [{} for _ in self.layers]

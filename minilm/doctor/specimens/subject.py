@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from minilm.doctor.specimens.loss import mean_loss
 from minilm.doctor.specimens.model import Model, Size
-from minilm.doctor.specimens.pipeline import BOS, EOS, PAD, Pipeline
+from minilm.doctor.specimens.pipeline import Pipeline
+from minilm.doctor.specimens.ranks import RankTrainer, ranks_of
 from minilm.doctor.specimens.training import Trainer
 from minilm.doctor.specimens.writing import Evaluation, Generator
 from minilm.doctor.subject import Rows, Subject, Training
@@ -20,6 +21,8 @@ def subject(
     *,
     model: type[Model] = Model,
     trainer: type[Trainer] = Trainer,
+    rank_trainer: type[RankTrainer] = RankTrainer,
+    rank_seeds: bool = False,
     pipeline: type[Pipeline] = Pipeline,
     generator: type[Generator] = Generator,
     evaluation: type[Evaluation] = Evaluation,
@@ -41,8 +44,8 @@ def subject(
 
     def again(number: int) -> Subject:
         return subject(
-            model=model, trainer=trainer, pipeline=pipeline, generator=generator, evaluation=evaluation,
-            loss=loss, size=size, seed=number, **parts,
+            model=model, trainer=trainer, rank_trainer=rank_trainer, pipeline=pipeline, generator=generator,
+            evaluation=evaluation, rank_seeds=rank_seeds, loss=loss, size=size, seed=number, **parts,
         )  # fmt: skip
 
     module = drawn(seed)
@@ -64,15 +67,21 @@ def subject(
     def training(clip_norm: float | None = 1.0, seed: int = seed, num_steps: int = 20) -> Training:
         return trainer(drawn(seed), clip_norm=clip_norm, num_steps=num_steps).handed_over()
 
-    writer, score, data = generator(module, PAD), evaluation(module), pipeline()
+    data = pipeline()
+    writer, score = generator(module, data.tokenizer.pad_id), evaluation(module)
     return Subject(
         name="specimen",
         vocab_size=shape.vocab_size,
         max_length=shape.max_length,
-        special_ids=(PAD, BOS, EOS),
+        special_ids=(data.tokenizer.pad_id, data.tokenizer.bos_id, data.tokenizer.eos_id),
         module=module,
         forward=lambda tokens: module(tokens),
         masked_forward=masked,
+        left_padding=True,
+        windows=(shape.window,) * shape.num_layers,
+        shifted_forward=lambda tokens, offset: module.from_place(tokens, offset),
+        lowered=lambda: subject_of(module.lowered()),
+        initial_stds={"*": shape.init_std},
         packed_forward=lambda tokens, segments: module(tokens, segments),
         incremental=lambda tokens, n: incremental(module, tokens, n),
         build=again,
@@ -81,13 +90,29 @@ def subject(
         total_loss=lambda rows: loss(module(rows.tokens, rows.segments), rows),
         evaluate=score.evaluate,
         perplexity=score.perplexity,
+        bits_per_byte=lambda batches: score.bits_per_byte(batches, data.tokenizer.token_bytes),
         continuation=score.continuation,
+        document=score.document,
         generate=writer.generate,
+        choose=writer.sample,
         save=save,
         load=load,
         training=training,
+        ranks=ranks_of(rank_trainer, size or {}, seed, rank_seeds=rank_seeds),
         data=data.handed_over(),
         tokenizer=data.tokenizer,
+    )
+
+
+def subject_of(module: Model, special_ids: tuple[int, ...] = (0, 1, 2)) -> Subject:
+    """A plain subject of a module: its forward alone."""
+    return Subject(
+        name="specimen, in another dtype",
+        vocab_size=module.size.vocab_size,
+        max_length=module.size.max_length,
+        special_ids=special_ids,
+        module=module,
+        forward=lambda tokens: module(tokens),
     )
 
 

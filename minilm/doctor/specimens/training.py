@@ -48,6 +48,7 @@ class Trainer:
             part, count = self.nats(rows)
             self.backward(part, count, total, number, micro_batches)
             nats += float(part.detach())
+        self.synchronise()
         norm = self.clip()
         self.update()
         self.zero_grad()
@@ -61,12 +62,15 @@ class Trainer:
 
     def nats(self, rows: Rows) -> tuple[Tensor, int]:
         """Summed nats of a micro-batch and its number of targets."""
-        return summed_nats(self.model(rows.tokens, rows.segments), rows)
+        return summed_nats(self.forward(self.model, rows.tokens, rows.segments), rows)
 
     def backward(
         self, nats: Tensor, count: int, total: float, number: int, micro_batches: list[Rows]
     ) -> None:
         (nats / max(total, 1.0)).backward()
+
+    def synchronise(self) -> None:
+        """Gradients over the ranks; nothing to do for one."""
 
     def clip(self) -> float:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
@@ -164,12 +168,16 @@ class Trainer:
 
     # ---- as a subject's part
 
+    def forward(self, module: nn.Module, tokens: Tensor, segments: Tensor) -> Tensor:
+        """The model in its training path."""
+        return module(tokens, segments)
+
     def handed_over(self) -> Training:
         """What the doctor is given."""
         return Training(
             module=self.model,
             step=self.step,
-            forward=lambda module, tokens, segments: module(tokens, segments),
+            forward=self.forward,
             optimizer=self.optimizer,
             clip_norm=self.clip_norm,
             planned_rate=self.planned_rate,
@@ -181,3 +189,11 @@ class Trainer:
             average=lambda: self.average,
             average_decay=self.average_decay,
         )
+
+
+class AutocastTrainer(Trainer):
+    """The same in mixed precision: float32 weights, products in bfloat16."""
+
+    def forward(self, module: nn.Module, tokens: Tensor, segments: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(tokens, segments).float()

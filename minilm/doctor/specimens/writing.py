@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from minilm.doctor.specimens.loss import summed_nats
+from minilm.doctor.specimens.loss import summed_nats, targets
 from minilm.doctor.specimens.model import Model
 from minilm.doctor.subject import Rows
 
@@ -32,11 +32,10 @@ class Generator:
         eos_id: int | None = None,
     ) -> list[list[int]]:
         """New tokens of each prompt, at most `max_new_tokens`, the EOS included where one was written."""
-        was_training = self.model.training
-        self.model.eval()
-        generator = torch.Generator().manual_seed(seed)
+        was_training = self.enter()
+        generator = self.generator(seed)
         tokens, segments = self.padded(prompts)
-        positions = self.model.positions(segments)
+        positions = self.positions(segments)
         caches = self.model.new_caches()
         logits = self.last(self.model.step(tokens, segments, positions, caches), segments)
         new: list[list[int]] = [[] for _ in prompts]
@@ -53,8 +52,35 @@ class Generator:
             place = place + 1
             step = chosen.unsqueeze(1), torch.ones_like(chosen).unsqueeze(1), place.unsqueeze(1)
             logits = self.model.step(*step, caches)[:, -1]
-        self.model.train(was_training)
+        self.leave(was_training)
         return new
+
+    def enter(self) -> bool:
+        was_training = self.model.training
+        self.model.eval()
+        return was_training
+
+    def leave(self, was_training: bool) -> None:
+        self.model.train(was_training)
+
+    def generator(self, seed: int) -> torch.Generator:
+        """The random numbers of one call, apart from all others."""
+        return torch.Generator().manual_seed(seed)
+
+    def positions(self, segments: Tensor) -> Tensor:
+        return self.model.positions(segments)
+
+    def sample(
+        self,
+        logits: Tensor,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """Chosen ids [B] of logits [B, V]: the sampler alone."""
+        return self.choose(logits, temperature, top_k, top_p, self.generator(seed))
 
     def padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         length = max(len(p) for p in prompts)
@@ -103,16 +129,29 @@ class Generator:
 class Evaluation:
     """Token-weighted losses, in eval mode, leaving mode and random states as they were."""
 
+    stride = 5  # tokens that a further window of a long document adds
+
     def __init__(self, model: Model) -> None:
         self.model = model
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Rows]) -> float:
+        was_training = self.enter()
+        parts = [self.nats(rows) for rows in batches]
+        self.leave(was_training)
+        return self.mean([float(nats) for nats, _ in parts], [count for _, count in parts])
+
+    def enter(self) -> bool:
         was_training = self.model.training
         self.model.eval()
-        parts = [summed_nats(self.model(rows.tokens, rows.segments), rows) for rows in batches]
+        return was_training
+
+    def leave(self, was_training: bool) -> None:
         self.model.train(was_training)
-        return self.mean([float(nats) for nats, _ in parts], [count for _, count in parts])
+
+    def nats(self, rows: Rows) -> tuple[Tensor, int]:
+        """Summed nats of a batch and its number of targets."""
+        return summed_nats(self.model(rows.tokens, rows.segments), rows)
 
     def mean(self, nats: list[float], counts: list[int]) -> float:
         return sum(nats) / max(1, sum(counts))
@@ -120,8 +159,40 @@ class Evaluation:
     def perplexity(self, batches: Sequence[Rows]) -> float:
         return math.exp(self.evaluate(batches))
 
+    def bits_per_byte(self, batches: Sequence[Rows], token_bytes: Callable[[int], bytes]) -> float:
+        """Bits per byte of the predicted text; special tokens stand for no bytes, their nats count."""
+        counts = [targets(rows).sum() for rows in batches]
+        predicted = [rows.tokens[:, 1:][targets(rows)].tolist() for rows in batches]
+        num_bytes = sum(self.count_bytes(token_bytes(i)) for ids in predicted for i in ids)
+        return self.evaluate(batches) * float(sum(counts)) / math.log(2) / max(1, num_bytes)
+
+    def count_bytes(self, spelt: bytes) -> int:
+        return len(spelt)
+
     def continuation(self, prompt: Sequence[int], continuation: Sequence[int]) -> float:
         tokens = torch.tensor([[*prompt, *continuation]])
         learn = torch.zeros_like(tokens, dtype=torch.bool)
         learn[:, len(prompt) :] = True
         return self.evaluate([Rows(tokens, torch.ones_like(tokens), learn)])
+
+    @torch.no_grad()
+    def document(self, tokens: Sequence[int]) -> tuple[float, int]:
+        """Nats and number of scored tokens of a document of any length, in windows of the model's length."""
+        nats, count, done = 0.0, 0, 0
+        for start, stop in self.windows(len(tokens)):
+            part = torch.tensor([list(tokens[start:stop])])
+            learn = torch.arange(start, stop).unsqueeze(0) >= done
+            some, number = self.nats(Rows(part, torch.ones_like(part), learn))
+            nats, count, done = nats + float(some), count + number, self.scored(stop)
+        return nats, count
+
+    def windows(self, length: int) -> list[tuple[int, int]]:
+        """[start, stop) of each; the last one ends with the document."""
+        size = min(length, self.model.size.max_length)
+        stride = max(1, min(self.stride, size - 1))
+        starts = [*range(0, length - size, stride), length - size]
+        return [(start, start + size) for start in starts]
+
+    def scored(self, stop: int) -> int:
+        """Tokens before this one are not counted again."""
+        return stop

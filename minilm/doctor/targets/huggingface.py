@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from minilm.doctor.probes import random_states_kept
 from minilm.doctor.subject import Rows, Subject
-from minilm.doctor.targets.families import OWN, SMALL, exceptions_of
+from minilm.doctor.targets.families import OWN, SMALL, UNUSED, exceptions_of
 from minilm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -107,9 +109,14 @@ def huggingface_subject(
         name=name or type(model).__name__,
         vocab_size=settings.vocab_size,
         max_length=length if isinstance(length, int) and length > 0 else None,
-        special_ids=tuple(dict.fromkeys(i for i in special if isinstance(i, int) and i >= 0)),
+        special_ids=tuple(
+            dict.fromkeys(i for i in special if isinstance(i, int) and 0 <= i < settings.vocab_size)
+        ),
         module=model,
         fresh=fresh,
+        unused=UNUSED.get(model.config.model_type, ()),
+        windows=_windows(settings),
+        lowered=theirs.lowered,
         forward=theirs.forward,
         masked_forward=theirs.masked if theirs.takes("attention_mask") else None,
         incremental=theirs.incremental if theirs.takes("past_key_values") else None,
@@ -147,6 +154,13 @@ class _Theirs:
             out = self.model(input_ids=tokens[:, i : i + 1], past_key_values=past, use_cache=True)
             parts.append(out.logits)
         return torch.cat(parts, dim=1)
+
+    def lowered(self) -> Subject:
+        """In bfloat16 as its owner brings it there: saved and loaded. A cast would round the rotary tables, too."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder)
+            low = type(self.model).from_pretrained(folder, dtype=torch.bfloat16).eval()
+        return huggingface_subject(low, fresh=False)
 
     def backends(self) -> dict[str, Callable[[Tensor], Tensor]]:
         names = ["eager", *(["sdpa"] if getattr(self.model, "_supports_sdpa", False) else [])]
@@ -194,8 +208,7 @@ class _Theirs:
                 "top_k": top_k or 0,
                 "top_p": top_p or 1.0,
             }
-        torch.manual_seed(seed)
-        with torch.no_grad():
+        with random_states_kept(seed), torch.no_grad():  # theirs has no generator of its own
             out = self.model.generate(
                 input_ids=tokens,
                 attention_mask=keep,
@@ -206,6 +219,14 @@ class _Theirs:
             )
         new = [row[width:].tolist() for row in out]
         return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new]
+
+
+def _windows(settings: Any) -> tuple[int | None, ...] | None:
+    """Tokens that each layer sees, where the config says it; None where it does not."""
+    window, kinds = getattr(settings, "sliding_window", None), getattr(settings, "layer_types", None)
+    if not isinstance(window, int) or not kinds or set(kinds) - {"sliding_attention", "full_attention"}:
+        return None
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def hugging_face_inputs(rows: Rows) -> dict[str, Tensor]:

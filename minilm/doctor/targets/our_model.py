@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ from minilm import models
 from minilm.alignment import Batch, Sum, align, score, score_hidden
 from minilm.doctor.subject import Rows, Subject
 from minilm.evaluation.generate import Sampling, choose, generate
-from minilm.evaluation.score import evaluate
+from minilm.evaluation.intervals import Scores
+from minilm.evaluation.score import evaluate, measure, windows
 from minilm.models import folder as model_folder
+from minilm.models.base import ModelConfig
 
 
 def model_subject(
@@ -44,7 +47,7 @@ def model_subject(
         build=None if config is None else lambda seed: _drawn(config, seed),
         loss=ours.loss,
         criterion=ours.criterion,
-        auxiliary=ours.auxiliary,
+        auxiliary=ours.auxiliary if ours.has_auxiliary() else None,
         total_loss=ours.total_loss,
         evaluate=ours.evaluate,
         perplexity=ours.perplexity,
@@ -71,9 +74,18 @@ def _drawn(config: Any, seed: int) -> Subject:
 
 
 def _declared(model: nn.Module) -> dict[str, Any]:
-    """What the model promises beyond a causal forward pass: left padding is taken, positions follow segments."""
-    known = {field.name for field in dataclasses.fields(Subject)}
-    return {name: True for name in ("left_padding",) if name in known}
+    """What a model of our zoo promises beyond a causal forward pass."""
+    if not isinstance(model.config, ModelConfig):
+        return {}
+    ours = _Ours(model)
+    return {
+        "left_padding": True,
+        "windows": (None,) * model.config.num_layers,
+        "shifted_forward": ours.shifted,
+        "lowered": ours.lowered,
+        "initial_stds": {"*": model.config.init_std},
+        "document": ours.document,
+    }
 
 
 class _Ours:
@@ -82,20 +94,40 @@ class _Ours:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
+    @property
+    def device(self) -> torch.device:
+        """Checks hand in rows on the CPU, and look at logits there."""
+        return next(self.model.parameters()).device
+
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens).logits
+        return self.model(tokens.to(self.device)).logits.cpu()
 
     def masked(self, tokens: Tensor, keep: Tensor) -> Tensor:
-        return self.model(tokens, segments=keep.long()).logits
+        return self.model(tokens.to(self.device), segments=keep.long().to(self.device)).logits.cpu()
 
     def packed(self, tokens: Tensor, segments: Tensor) -> Tensor:
-        return self.model(tokens, segments=segments).logits
+        return self.model(tokens.to(self.device), segments=segments.to(self.device)).logits.cpu()
 
     def incremental(self, tokens: Tensor, n: int) -> Tensor:
+        tokens = tokens.to(self.device)
         cache = self.model.new_cache(tokens.shape[0], tokens.shape[1])
         parts = [self.model(tokens[:, :n], cache=cache).logits]
         parts += [self.model(tokens[:, i : i + 1], cache=cache).logits for i in range(n, tokens.shape[1])]
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=1).cpu()
+
+    def shifted(self, tokens: Tensor, offset: int) -> Tensor:
+        places = (torch.arange(tokens.shape[1]) + offset).expand_as(tokens)
+        return self.model(tokens.to(self.device), positions=places.to(self.device)).logits.cpu()
+
+    def lowered(self) -> Subject:
+        """In bfloat16, as one loads it for generation."""
+        return model_subject(copy.deepcopy(self.model).bfloat16(), fresh=False)
+
+    def document(self, tokens: Sequence[int]) -> tuple[float, int]:
+        length = self.model.config.max_length
+        rows = windows(0, list(tokens), length, max(1, length // 2))
+        total = Scores.of(measure(self.model, rows, byte_lengths=None, batch_rows=8).gathered()).total
+        return float(total.nats), int(total.tokens)
 
     def backends(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
         if not hasattr(self.model.config, "attention"):
@@ -120,7 +152,7 @@ class _Ours:
             self.model.config = before
 
     def _sum(self, rows: Rows) -> tuple[Sum, dict[str, Tensor]]:
-        batch = batch_of(rows)
+        batch = batch_of(rows).to(self.device)
         output = self.model(batch.inputs, segments=batch.segments, positions=batch.positions)
         head = getattr(self.model, "head_weight", None) if type(output).__name__ == "Output" else None
         if head is None:
@@ -130,6 +162,11 @@ class _Ours:
     def loss(self, rows: Rows) -> Tensor:
         total, _ = self._sum(rows)
         return total.share(total.tokens)
+
+    def has_auxiliary(self) -> bool:
+        """Does the model have losses of its own: seen on two tokens, as nothing declares it."""
+        with torch.no_grad():
+            return bool(self.model(torch.zeros(1, 2, dtype=torch.long, device=self.device)).auxiliary)
 
     def auxiliary(self, rows: Rows) -> dict[str, Tensor]:
         return self._sum(rows)[1]
