@@ -11,10 +11,15 @@ path/file.py:factory         what the factory returns: a Subject, a module, a fu
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
+from minilm import models
 from minilm.doctor.core import Check, Finding, run_checks, select
 from minilm.doctor.report import Examination
 from minilm.doctor.subject import Subject
@@ -23,6 +28,7 @@ from minilm.errors import ConfigError, MinilmError
 if TYPE_CHECKING:
     from minilm.run import RunConfig
 
+NUM_STEPS = 20  # of the schedule that is examined: the shape of the run's own, in steps that can be afforded
 FORMS = "a run folder or checkpoint, a settings file (.yaml), a Hugging Face folder, hf:FAMILY, path/file.py:factory"
 
 
@@ -126,9 +132,9 @@ def _of_settings(path: Path, data: str | None) -> Subject:
 
 def _with_surroundings(subject: Subject, config: RunConfig, *, required: bool) -> Subject:
     """Data and training step of a run; where the store is gone and was not asked for, the model alone."""
-    from minilm.data.loader import open_data
+    from minilm.data.loader import Loader, open_data
     from minilm.doctor.targets.our_data import data_view
-    from minilm.doctor.targets.our_training import training_of
+    from minilm.doctor.targets.our_training import copies_of, training_of
 
     try:
         data = open_data(config.data)
@@ -136,12 +142,28 @@ def _with_surroundings(subject: Subject, config: RunConfig, *, required: bool) -
         if required:
             raise
         return subject
-    return subject.but(data=data_view(data, config), tokenizer=data.tokenizer, training=training_of(config))
+    assert subject.module is not None
+    size, micro = config.train.batch_size, config.train.micro_batch
+    loader = Loader(
+        data.train, batch_rows=size, micro_batch=micro or size, seed=config.train.seed, prefetch=0
+    )
+    # Fresh weights are drawn anew for each seed; weights that were trained are where every seed begins.
+    make = functools.partial(_drawn, config) if subject.fresh else copies_of(subject.module)
+    train = dataclasses.replace(config.train, device="cpu", ranks=None, compile=False)
+    return subject.but(
+        data=data_view(data, batch_rows=size, micro_batch=micro),
+        tokenizer=data.tokenizer,
+        training=training_of(make, config.optim, train, num_steps=NUM_STEPS, batches=loader.step),
+    )
+
+
+def _drawn(config: RunConfig, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return models.build(config.model)
 
 
 def _about(subject: Subject) -> dict[str, Any]:
-    import torch
-
     about: dict[str, Any] = {"torch": torch.__version__, "vocabulary": subject.vocab_size}
     if subject.module is not None:
         about["parameters"] = f"{sum(p.numel() for p in subject.module.parameters()):,}"

@@ -49,6 +49,7 @@ def add(subparsers: Any) -> None:
         action="store_true",
         help="examine a tiny random model of every causal LM family of the installed transformers",
     )
+    other.add_argument("--pages", type=Path, metavar="DIR", help="write a page for each check")
     sub.add_argument(
         "--matrix", type=Path, metavar="FILE", help="with --prove, --survey: write the table as Markdown"
     )
