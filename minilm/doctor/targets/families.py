@@ -53,6 +53,8 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
     "num_experts_per_tok": 2,
     "is_decoder": True,
+    # Scans in plain torch make tensors of chunk x chunk x heads: minutes at the defaults.
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size", "mamba_d_state", "state_size", "ssm_state_size"), 16),
 }
 
 _LATENT = {  # multi-head latent attention: the head is made of a part with and a part without rotary positions

@@ -123,8 +123,8 @@ def huggingface_subject(
         backends=theirs.backends(),
         loss=theirs.loss if theirs.takes("labels") else None,
         generate=theirs.generate if hasattr(model, "generate") and model.can_generate() else None,
-        save=lambda module, folder: module.save_pretrained(folder),
-        load=lambda folder: type(model).from_pretrained(str(folder), dtype=torch.float32).eval(),
+        save=_saved,
+        load=lambda folder: _loaded(type(model), folder, torch.float32),
         tokenizer=tokenizer,
     )
 
@@ -158,8 +158,8 @@ class _Theirs:
     def lowered(self) -> Subject:
         """In bfloat16 as its owner brings it there: saved and loaded. A cast would round the rotary tables, too."""
         with tempfile.TemporaryDirectory() as folder:
-            self.model.save_pretrained(folder)
-            low = type(self.model).from_pretrained(folder, dtype=torch.bfloat16).eval()
+            _saved(self.model, folder)
+            low = _loaded(type(self.model), folder, torch.bfloat16)
         return huggingface_subject(low, fresh=False)
 
     def backends(self) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -219,6 +219,30 @@ class _Theirs:
             )
         new = [row[width:].tolist() for row in out]
         return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new]
+
+
+def _saved(module: PreTrainedModel, folder: Path | str) -> None:
+    with _without_bars():
+        module.save_pretrained(folder)
+
+
+def _loaded(kind: type[PreTrainedModel], folder: Path | str, dtype: torch.dtype) -> PreTrainedModel:
+    with _without_bars():
+        return kind.from_pretrained(str(folder), dtype=dtype).eval()
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """A check loads a model several times; transformers would draw a progress bar for each."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _windows(settings: Any) -> tuple[int | None, ...] | None:
