@@ -83,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     from minilm.evaluation.heldout import How, open_held_out
     from minilm.evaluation.mode import context_tokens
     from minilm.evaluation.report import Asked, make_report, print_report
+    from minilm.manifest import UNCHECKED, unchecked
     from minilm.run import load_checkpoint
 
     if arguments.json and not arguments.json.absolute().parent.is_dir():
@@ -126,6 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
             about={
                 "checkpoint": str(loaded.folder),
                 "step": loaded.step,
+                **({"checks": UNCHECKED} if unchecked(loaded.run_folder) else {}),
                 "weights": arguments.weights,
                 "device": str(state.device),
             },

@@ -122,7 +122,7 @@ def _of_settings(path: Path, data: str | None) -> Subject:
     from minilm.doctor.targets.our_model import config_subject
     from minilm.run import load_config, with_vocabulary
 
-    overrides = [] if data is None else [f"data.store={data}"]
+    overrides = [] if data is None else [f"--data.store={data}"]
     resolved = load_config(path, overrides)
     opened = open_data(resolved.value.data)
     config = with_vocabulary(resolved, opened.train.store)
@@ -134,6 +134,7 @@ def _with_surroundings(subject: Subject, config: RunConfig, *, required: bool) -
     """Data and training step of a run; where the store is gone and was not asked for, the model alone."""
     from minilm.data.loader import Loader, open_data
     from minilm.doctor.targets.our_data import data_view
+    from minilm.doctor.targets.our_ranks import ranks_of
     from minilm.doctor.targets.our_training import copies_of, training_of
 
     try:
@@ -154,6 +155,7 @@ def _with_surroundings(subject: Subject, config: RunConfig, *, required: bool) -
         data=data_view(data, batch_rows=size, micro_batch=micro),
         tokenizer=data.tokenizer,
         training=training_of(make, config.optim, train, num_steps=NUM_STEPS, batches=loader.step),
+        ranks=ranks_of(config.data, config.optim, train, make, num_steps=NUM_STEPS),
     )
 
 

@@ -94,8 +94,7 @@ def _run(start: Start, profile: Steps | None) -> int:
     recompute = config.train.activation_checkpointing == "blocks"
     passing.arrange(model, recompute=recompute, compiled=config.train.compile)
     layout.prepare(Objective(model).to(layout.device), optimizer, ema_decay=config.train.ema_decay)
-    # Dropout must differ between ranks; the weights are the same on all, they were drawn before.
-    torch.manual_seed(config.train.seed * 100_003 + layout.rank + 1)
+    layout.seed_dropout(config.train.seed)
     with Books(config, start.origins, layout, data, step=start.step, source=source, checks=checks) as books:
         watchers, profiler = _observers(start, books, profile)
         trainer = _trainer(start, books, watchers, profiler)

@@ -31,6 +31,7 @@ from minilm import processes
 from minilm.errors import CheckpointError
 
 FILE = "manifest.json"
+UNCHECKED = "this run was trained unchecked (--check off)"
 State = Literal["finished", "interrupted", "failed"]
 StateOf = Literal["running", "finished", "interrupted", "failed", "died"]
 _PACKAGES = (
@@ -177,6 +178,14 @@ def state_of(run_folder: Path | str) -> StateOf:
         return record["state"]
     process = record["resumes"][-1]["process"] if record["resumes"] else record["process"]
     return "running" if processes.lives(process) else "died"
+
+
+def unchecked(run_folder: Path | str | None) -> bool:
+    """Was the run begun without the doctor's checks: to be said with every result of it. CheckpointError if damaged."""
+    if run_folder is None or not (Path(run_folder) / FILE).is_file():
+        return False
+    checks = Manifest.read(run_folder).record.get("checks") or {}
+    return checks.get("suite") == "off"
 
 
 def describe_code(diff_folder: Path | None = None) -> dict[str, Any]:

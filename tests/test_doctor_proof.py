@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from minilm.doctor import specimens
+from minilm.doctor.catalogue import bugs
 from minilm.doctor.core import Check, Healthy, Planted, checks, run_checks
+from minilm.doctor.pages import page
 
 CHECKS = checks()
 PLANTS = [(check, plant) for check in CHECKS for plant in check.plants]
@@ -38,3 +42,25 @@ def test_every_check_says_why_how_and_what_it_cannot_see_and_has_a_plant(check: 
     assert check.plants
     for word in ("Why:", "How:", "Cannot see:", "Sources:"):
         assert word in check.text, f"{check.name}: {word}"
+
+
+def test_every_row_of_the_catalogue_is_planted_or_says_why_not() -> None:
+    planted = {plant.bug for _, plant in PLANTS}
+    assert planted <= bugs().keys(), "a plant that the catalogue does not have"
+    assert len(planted) >= 120
+    for bug in bugs().values():
+        assert (bug.id in planted) != bool(bug.left_out), bug.id
+
+
+def test_the_page_of_the_matrix_has_every_plant() -> None:
+    matrix = (Path(__file__).parent.parent / "docs" / "matrix.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in matrix.splitlines() if line.startswith("| `")]
+    shown = {(cells[3].strip(" `"), cells[1].strip(" `")) for cells in rows if len(cells) > 4}
+    missing = {(check.name, plant.bug) for check, plant in PLANTS} - shown
+    assert not missing, "run `minilm doctor --prove --matrix docs/matrix.md`"
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.name)
+def test_the_page_of_a_check_is_what_its_text_says(check: Check) -> None:
+    written = Path(__file__).parent.parent / "docs" / "checks" / f"{check.name}.md"
+    assert written.read_text(encoding="utf-8") == page(check), "run `minilm doctor --pages docs/checks`"

@@ -132,7 +132,7 @@ def test_bfloat16_autocast_is_no_alarm() -> None:
     ids=["sgd", "adamw"],
 )
 def test_a_plain_torch_loop_is_no_alarm(kind: Callable[..., torch.optim.Optimizer]) -> None:
-    lacks = {"schedule", "average", "resume", "recompute", "decay_groups", "optimizer_math"}
+    lacks = {"schedule", "average", "resume", "recompute", "decay_groups", "optimizer_math", "dropout_masks"}
     healthy(findings(loop_subject(kind)), may_not_run=lacks)
 
 

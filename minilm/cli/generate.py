@@ -97,6 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
+    from minilm.manifest import UNCHECKED, unchecked
     from minilm.run import load_checkpoint
 
     cuda = torch.cuda.is_available()
@@ -111,6 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     model = loaded.model.to(getattr(torch, arguments.dtype))
     print(f"{loaded.folder}, step {loaded.step}, {device} {arguments.dtype}", file=sys.stderr, flush=True)
+    if unchecked(loaded.run_folder):
+        print(UNCHECKED, file=sys.stderr, flush=True)
     # Text that the terminal's encoding cannot show must not end the program in the middle.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")

@@ -155,8 +155,8 @@ class Check:
         if reason := subject.exceptions.get(self.name):
             return Finding("NOT RUN", reason)
         if lacking := subject.lacks(self.needs):
-            what = ", ".join(NEEDS.get(need, NEEDS.get(need.split(".")[0], need)) for need in lacking)
-            return Finding("NOT RUN", f"needs {what}")
+            names = [NEEDS.get(need, NEEDS.get(need.split(".")[0], need)) for need in lacking]
+            return Finding("NOT RUN", f"needs {', '.join(dict.fromkeys(names))}")
         try:
             return self.function(subject)
         except NotApplicable as reason:

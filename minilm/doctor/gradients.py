@@ -97,12 +97,34 @@ def _factor(factors: dict[int, float], trial: Trial) -> tuple[list[str], str, st
             return (["denominator-unshifted", "pad-in-loss"], "loss denominator",
                     f"{text} = {targets}/{count}: it is divided by the number of {name}",
                     "divide by the number of targets: labels after the shift that are not ignored")  # fmt: skip
+    if close(norm(trial.gradient), NO_LIMIT):
+        return (["clip-scaled-grads", "clip-per-micro"], "clipping of the gradient",
+                f"{text}, which gives it the norm of the limit: it is scaled up to the limit instead of down",
+                "multiply by limit / norm only where the norm is larger than the limit")  # fmt: skip
+    if close(first, 1) and not close(last, first):
+        return (["mean-of-means-accum", "accum-not-divided", "last-accum-group-underscaled"],
+                "denominator of gradient accumulation", f"{text}: {_guessed(factors, trial)}",
+                "count the targets of all micro-batches of the step before the first backward")  # fmt: skip
     if close(last, first) and close(2 ** round(math.log2(max(abs(first), 1e-30))), first):
         return (["zero0-bf16-unscaled", "clip-scaled-grads"], "loss scale",
                 f"{text} = 2^{round(math.log2(first))} in all cuts: a loss scale is on one side only",
                 "scale the loss and unscale the gradient, or do neither")  # fmt: skip
     return (["zero0-bf16-unscaled", "accum-not-divided", "denominator-unshifted"], "gradient scale", text,
             "look for a division or a factor between the loss and the optimizer")  # fmt: skip
+
+
+def _guessed(factors: dict[int, float], trial: Trial) -> str:
+    """From which micro-batch the denominator of the whole step was taken."""
+    counts = [num_targets(part) for part in trial.micro_batches]
+    for place, name in ((0, "first"), (-1, "last")):
+        parts = {c: [sum(counts[i : i + len(counts) // c]) for i in range(0, len(counts), len(counts) // c)]
+                 for c in factors}  # fmt: skip
+        if all(
+            math.isclose(f, sum(counts) / (c * max(1, parts[c][place])), rel_tol=5e-3)
+            for c, f in factors.items()
+        ):
+            return f"it is divided by the targets of the {name} micro-batch times their number"
+    return "one micro-batch is right, so the denominator of a step is guessed, or taken from a part of it"
 
 
 def _weighting(weights: Sequence[float], trial: Trial) -> tuple[list[str], str, str, str]:

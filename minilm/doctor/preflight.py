@@ -23,11 +23,13 @@ def preflight(subject: Subject, *, watch: Callable[[Finding], object] | None = N
 
 def refuse(examination: Examination) -> None:
     """Raise CheckFailed, with everything that is known, if a check failed."""
-    failures = examination.of("FAIL")
+    failures = examination.failures
     if not failures:
         return
     parts = [
-        "\n".join([f"  {f.check}", *(f"    {name:<8}{text}" for name, text in explained(f))])
+        "\n".join(
+            [f"  {f.check}", *(f"    {name:<8}{text}" for name, text in explained(f, examination.roots(f)))]
+        )
         for f in failures
     ]
     raise CheckFailed(

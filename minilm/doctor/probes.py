@@ -128,10 +128,12 @@ def _redrawn(subject: Subject, module: nn.Module, std: float, seed: int) -> None
 
 def redraw_weights(module: nn.Module, std: float, seed: int = 0) -> None:
     """Draw each weight with two or more dimensions from N(0, std^2), in place; vectors are left alone, but those that
-    are all zero: a gate that starts at zero hides what is behind it."""
+    are all zero: a gate that starts at zero hides what is behind it. A table that is kept as a parameter and not
+    trained (sines of positions, in RoFormer, Marian and Pegasus) means what it holds, and keeps it."""
     generator = torch.Generator().manual_seed(seed)
+    trained = [p for p in module.parameters() if p.requires_grad]
     with torch.no_grad():
-        for parameter in module.parameters():
+        for parameter in trained or module.parameters():
             if parameter.is_floating_point() and (parameter.dim() >= 2 or not bool(parameter.any())):
                 values = torch.randn(parameter.shape, generator=generator) * std
                 parameter.copy_(values.to(parameter.device, parameter.dtype))
@@ -237,7 +239,7 @@ def record(module: nn.Module, run: Callable[[], Any]) -> list[tuple[str, Tensor 
 
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, given: Any, output: Any) -> None:
-            tensor, source = _first_tensor(output), _first_tensor(given)
+            tensor, source = next(_tensors(output), None), next(_tensors(given), None)
             if tensor is not None:
                 seen.append(
                     (name, None if source is None else source.detach().clone(), tensor.detach().clone())
@@ -305,13 +307,21 @@ def factor_between(measured: float, expected: float, known: dict[str, float], re
     return ""
 
 
-def _first_tensor(output: Any) -> Tensor | None:
+def first_tensor(output: Any, least_dims: int = 0) -> Tensor | None:
+    """The first floating-point tensor with that many dimensions in what a module returned or was given.
+
+    Looked for in the thing itself, a tuple, a dict, or an object's fields; a loss may stand before the logits.
+    """
+    return next((t for t in _tensors(output) if t.is_floating_point() and t.dim() >= least_dims), None)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
-        return output
+        yield output
+        return
     if isinstance(output, dict):
         output = list(output.values())
     elif not isinstance(output, Sequence) and hasattr(output, "__dict__"):
         output = list(vars(output).values())
     if isinstance(output, Sequence) and not isinstance(output, str):
-        return next((t for t in output if isinstance(t, Tensor)), None)
-    return None
+        yield from (t for t in output if isinstance(t, Tensor))

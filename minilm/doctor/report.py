@@ -13,6 +13,7 @@ from typing import Any
 from minilm import __version__
 from minilm.doctor.catalogue import bugs
 from minilm.doctor.core import Finding, Status
+from minilm.doctor.roots import in_reading_order, roots_of
 
 MOST_BUGS_SHOWN = 3
 
@@ -29,6 +30,15 @@ class Examination:
     def of(self, status: Status) -> list[Finding]:
         """The findings with this status."""
         return [f for f in self.findings if f.status == status]
+
+    @property
+    def failures(self) -> list[Finding]:
+        """What failed, in the order in which to read it: what others may follow from comes first."""
+        return in_reading_order(self.findings)
+
+    def roots(self, finding: Finding) -> list[str]:
+        """Failed checks that this failure may follow from."""
+        return roots_of(self.findings).get(finding.check, [])
 
     @property
     def is_healthy(self) -> bool:
@@ -53,7 +63,10 @@ class Examination:
             "about": dict(self.about),
             "counts": {status: len(self.of(status)) for status in ("PASS", "FAIL", "NOT RUN")},
             "seconds": self.seconds,
-            "findings": [_plain({**asdict(f), "margin": f.margin}) for f in self.findings],
+            "findings": [
+                _plain({**asdict(f), "margin": f.margin, "may_follow_from": self.roots(f)})
+                for f in self.findings
+            ],
         }
 
     def write_json(self, path: Path) -> None:
@@ -63,6 +76,12 @@ class Examination:
     def write_html(self, path: Path) -> None:
         """As one page that needs nothing else."""
         _write(path, page(self))
+
+    def show(self, console: Any = None) -> None:
+        """Print the table, what is known of each failure, and why the rest was not run."""
+        from rich.console import Console
+
+        print_examination(self, console or Console())
 
     def summary(self) -> str:
         """One line."""
@@ -82,18 +101,47 @@ def margin(finding: Finding) -> str:
     """How far from the limit, as a factor; "exact" where the measured value is 0."""
     if finding.margin is None:
         return ""
-    return f"x{number(finding.margin)}" if math.isfinite(finding.margin) else "exact"
+    if not math.isfinite(finding.margin):
+        return "exact"
+    return f"x{finding.margin:.3g}" if finding.margin < 999 else f"x{finding.margin:.1e}".replace("e+0", "e")
 
 
 def print_examination(examination: Examination, console: Any) -> None:
     """The table, then a paragraph for each failure, then the reasons of what was not run."""
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
     # Text, so that a name is shown as it is: "hf:llama:" would become a picture, [x] would vanish.
-    table = Table(title=Text(examination.summary()), title_justify="left", box=None, pad_edge=False)
+    console.print(Text(examination.summary(), style="italic"))
+    console.print(_table(examination))
+    for finding in examination.failures:
+        console.print(Text(f"\nFAIL {finding.check}", style="bold red"))
+        paragraphs = Table.grid(padding=(0, 1))
+        paragraphs.add_column(width=8)
+        paragraphs.add_column(overflow="fold")
+        for name, text in explained(finding, examination.roots(finding)):
+            paragraphs.add_row(Text(f"  {name}", style="bold"), Text(text))
+        console.print(paragraphs)
+    reasons: dict[str, list[str]] = {}
+    for finding in examination.of("NOT RUN"):
+        reasons.setdefault(finding.message, []).append(finding.check)
+    if reasons:
+        console.print(Text("\nNOT RUN (says nothing, neither good nor bad)", style="yellow"))
+    for reason, names in reasons.items():
+        console.print(Padding(Text(reason), (0, 0, 0, 2)))
+        console.print(Padding(Text(", ".join(names), style="dim"), (0, 0, 0, 6)))
+
+
+def _table(examination: Examination) -> Any:
+    """One row a check; where the terminal is narrow the unit gives way, and nothing else."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
     for name in ("check", "", "measured", "limit", "margin", "cost"):
-        table.add_column(name, justify="right" if name in ("measured", "limit", "margin", "cost") else "left")
+        table.add_column(name, justify="left" if name in ("check", "") else "right", no_wrap=True)
+    table.add_column("unit", style="dim", overflow="ellipsis")
     colours = {"PASS": "green", "FAIL": "bold red", "NOT RUN": "yellow"}
     group = ""
     for finding in examination.findings:
@@ -103,30 +151,21 @@ def print_examination(examination: Examination, console: Any) -> None:
         table.add_row(
             Text(f"  {finding.check}"),
             Text(finding.status, style=colours[finding.status]),
-            number(finding.measured, finding.unit),
+            number(finding.measured),
             number(finding.threshold),
             margin(finding),
             f"{finding.seconds:.2f} s",
+            Text(finding.unit, no_wrap=True, overflow="ellipsis"),
         )
-    console.print(table)
-    for finding in examination.of("FAIL"):
-        console.print(Text(f"\nFAIL {finding.check}", style="bold red"))
-        for name, text in explained(finding):
-            console.print(Text(f"  {name:<10}", style="bold") + Text(text), soft_wrap=False)
-    not_run = examination.of("NOT RUN")
-    if not_run:
-        console.print(Text("\nNOT RUN (says nothing, neither good nor bad)", style="yellow"))
-        reasons: dict[str, list[str]] = {}
-        for finding in not_run:
-            reasons.setdefault(finding.message, []).append(finding.check)
-        for reason, names in reasons.items():
-            console.print(Text(f"  {', '.join(names)}: {reason}"))
+    return table
 
 
-def explained(finding: Finding) -> list[tuple[str, str]]:
-    """(what, text) of a failure: seen, where, likely cause, what to change, where others met it."""
+def explained(finding: Finding, roots: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """(what, text) of a failure: what it may follow from, seen, where, likely cause, what to change, where others met
+    it."""
     known = [bugs()[bug] for bug in finding.bugs if bug in bugs()][:MOST_BUGS_SHOWN]
-    rows = [("seen", finding.message), ("where", finding.component)]
+    rows = [("after", f"may follow from {', '.join(roots)}: look there first")] if roots else []
+    rows += [("seen", finding.message), ("where", finding.component)]
     rows += [("cause" if n == 0 else "or", f"{bug.id}: {bug.symptom}") for n, bug in enumerate(known)]
     rows.append(("change", finding.advice))
     rows += [("met by", bug.where) for bug in known if bug.urls or bug.source][:2]
@@ -157,8 +196,10 @@ def page(examination: Examination) -> str:
     if examination.about:
         about = ", ".join(f"{k}: {v}" for k, v in examination.about.items())
         parts.append(f"<p>{html.escape(about)}</p>")
-    for finding in examination.of("FAIL"):
-        entries = "".join(f"<dt>{name}<dd>{_linked(text)}" for name, text in explained(finding))
+    for finding in examination.failures:
+        entries = "".join(
+            f"<dt>{name}<dd>{_linked(text)}" for name, text in explained(finding, examination.roots(finding))
+        )
         parts.append(f"<section><h2 class=FAIL>FAIL {finding.check}</h2><dl>{entries}</dl></section>")
     parts.append(
         "<div class=wide><table><tr><th>check<th><th>what was seen<th>measured<th>limit<th>margin<th>cost"

@@ -30,8 +30,10 @@ def assert_healthy(
     whole = subject_of_object(subject, **parts)
     examination = Examination(whole.name, suite, list(run_checks(whole, select(suite, only))))
     problems = [
-        "\n".join([f"FAIL {f.check}", *(f"  {name}: {text}" for name, text in explained(f))])
-        for f in examination.of("FAIL")
+        "\n".join(
+            [f"FAIL {f.check}", *(f"  {name}: {text}" for name, text in explained(f, examination.roots(f)))]
+        )
+        for f in examination.failures
     ]
     wanted = set(must_run)
     problems += [f"NOT RUN {f.check}: {f.message}" for f in examination.of("NOT RUN") if f.check in wanted]

@@ -207,7 +207,7 @@ def print_report(report: Report, console: Any = None) -> None:
 
     console = console or Console(highlight=False)
     about, scores = report.about, report.scores
-    for name in ("checkpoint", "data", "split"):
+    for name in ("checkpoint", "checks", "data", "split"):
         if about.get(name):
             console.print(Text(f"{name:<11} {about[name]}"), soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)

@@ -138,6 +138,10 @@ class Layout:
             )
         self.average = None if ema_decay is None else average_of(self, ema_decay)
 
+    def seed_dropout(self, seed: int) -> None:
+        """Dropout must differ between ranks; the weights are the same on all, they were drawn before."""
+        torch.manual_seed(seed * 100_003 + self.rank + 1)
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """For forwards outside the wrapped objective (validation, samples): the same precision as in training."""
         if self.bf16 and self.kind != "zero":

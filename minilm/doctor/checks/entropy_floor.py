@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ from minilm.doctor.subject import Rows, Subject, Training
 
 STATES, STEPS, ROWS, LENGTH, MICRO = 12, 60, 8, 24, 2
 GAIN = math.log(1e9)  # nats: by chance once in 1e9 for each step that a stretch could begin at
+PATIENCE_SECONDS = 20.0  # then what was seen so far has to do: a step of a foreign trainer may take a second
 LEARNT = 0.15  # nats per token below the stationary entropy: less is nothing, given some hundred tokens
 
 
@@ -89,7 +91,7 @@ class Chain:
         return self.ids[states], nats
 
 
-@check(group="oracle", needs=("training", "vocab_size"), cost="60 training steps of [8, 24]")
+@check(group="oracle", needs=("training", "vocab_size"), cost="60 training steps of [8, 24], 20 s at most")
 def entropy_floor(subject: Subject) -> Finding:
     """Train on a chain: never below its entropy, and best at the next token."""
     chain, length = Chain.drawn(subject), min(LENGTH, subject.max_length or LENGTH)
@@ -98,7 +100,10 @@ def entropy_floor(subject: Subject) -> Finding:
     training = started(subject, STEPS)
     before = _scores(training, chain, length)
     below, worst, losses = 0.0, 0.0, []
+    begun = time.perf_counter()
     for step in range(STEPS):
+        if time.perf_counter() - begun > PATIENCE_SECONDS:
+            break
         tokens, nats = chain.sample(ROWS, length, 77_000 + step)
         logged = training.step(Rows.whole(tokens).split(ROWS // MICRO)).get("loss")
         if logged is None or not math.isfinite(logged):
@@ -108,8 +113,10 @@ def entropy_floor(subject: Subject) -> Finding:
         below = max(0.0, below) + nats - logged * ROWS * (length - 1)  # of the worst stretch that ends here
         worst = max(worst, below)
         losses.append(logged)
-    floor, end = chain.entropy(), sum(losses[-8:]) / 8
-    said = f"entropy {floor:.3f} nats, loss {losses[0]:.3f} at first and {end:.3f} after {STEPS} steps"
+    floor, end = chain.entropy(), sum(losses[-8:]) / len(losses[-8:])
+    said = f"entropy {floor:.3f} nats, loss {losses[0]:.3f} at first and {end:.3f} after {len(losses)} steps"
+    if len(losses) < STEPS:
+        said += f" (of {STEPS}: {PATIENCE_SECONDS:.0f} s were over)"
     scores = _scores(training, chain, length)
     if worst > GAIN:
         return _below(said, worst, end, floor, scores)

@@ -5,8 +5,11 @@ sum in bfloat16: results are a thousand times less exact than everybody believes
 
 How: weights in float64 (on an accelerator in float32, whose products are in question), moved by a ten-thousandth up
 and down. The second difference of a smooth function is then of the order of 1e-8 of the logits' deviation (measured in
-healthy models: below 2e-6, where norms compute in float32; 5e-6 where all does); steps of sixteen bits make it 1e-4
+healthy models: below 7.5e-6 where norms compute in float32, 2e-5 where all does); steps of sixteen bits make it 1e-4
 and more. A quarter of the positions must be beyond the limit, since a unit or a router that switches is no defect.
+What is beyond it is measured again with a tenth of the movement: curvature falls a hundredfold (Gemma 4: 3e-5 to 3e-6,
+its own rounding) and a switch is no longer crossed (Nemotron-H: 1.9e-4 to 3e-6); steps fall to a third or a half only
+(measured: 1.5e-4 for ten bits, 1.5e-3 for bfloat16).
 Modules are compared in the same way to find the first that makes steps.
 
 Cannot see: fewer bits than float32 in what is asked for on another device than the one where this runs.
@@ -26,12 +29,13 @@ from minilm.doctor.subject import Subject
 
 LENGTH = 32
 AMOUNTS = (-1e-4, 0.0, 1e-4)  # of each weight
+LESS = 0.1  # of these amounts, where they were too much
 LIMIT = 2e-5  # second difference in std of the result
 TEN_BITS = 2e-3  # a rounding to ten bits makes 4e-4, one to seven bits 5e-3
 LIMIT_IN_FLOAT32 = 5e-5  # where float64 cannot be had; float32 itself makes 5e-6
 
 
-@check(group="model", needs=("forward", "module", "vocab_size"), cost="6 forwards in float64")
+@check(group="model", needs=("forward", "module", "vocab_size"), cost="up to 9 forwards in float64")
 def float32_kept(subject: Subject) -> Finding:
     """The second difference of the logits, and of each module, for weights that move by very little."""
     assert subject.forward is not None and subject.module is not None
@@ -57,9 +61,10 @@ def float32_kept(subject: Subject) -> Finding:
             limit = LIMIT_IN_FLOAT32
             results = [moved_by(amount) for amount in AMOUNTS]
         off = _steps(*results)
-        if off <= limit:
+        less = off if off <= limit else _steps(*(moved_by(LESS * amount) for amount in AMOUNTS))
+        if less <= limit:
             return passed(
-                f"its second difference is {off:.1e} std: no rounding to few bits", off, limit, unit="std"
+                f"its second difference is {less:.1e} std: no rounding to few bits", less, limit, unit="std"
             )
         seen = [record(module, lambda amount=amount: moved_by(amount)) for amount in AMOUNTS]  # type: ignore[misc]
         rough = (

@@ -146,6 +146,17 @@ def _() -> Subject:
     return specimens.subject(trainer=_OwnMean)
 
 
+@golden_step.plant(
+    "mean-of-means-accum", component="denominator", what="all are taken to be as long as the first"
+)
+def _() -> Subject:
+    class Broken(specimens.Trainer):
+        def count(self, micro_batches: list[Rows]) -> float:
+            return super().count(micro_batches[:1]) * len(micro_batches)
+
+    return specimens.subject(trainer=Broken)
+
+
 @golden_step.plant("accum-not-divided", component="accumulation", what="sum of the means")
 def _() -> Subject:
     class Broken(specimens.Trainer):

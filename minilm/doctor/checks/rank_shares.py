@@ -23,6 +23,7 @@ import numpy as np
 
 from minilm.doctor import ledger, specimens
 from minilm.doctor.core import Finding, NotApplicable, check, failed, passed
+from minilm.doctor.specimens.loss import targets
 from minilm.doctor.subject import DataView, Subject
 
 WORLDS = (2, 3)
@@ -89,10 +90,12 @@ def worker_shares(subject: Subject) -> Finding:
 def _judged(view: DataView, whole: ledger.Epoch, shares: list[ledger.Epoch], who: str) -> Finding | None:
     count = len(shares)
     sizes = [len(s) for s in shares]
-    extra, missing = ledger.surplus(np.concatenate([s.hashes for s in shares if len(s)]), whole.hashes)
+    given = np.concatenate([s.hashes for s in shares if len(s)])
+    extra, missing = ledger.surplus(given, whole.hashes)
+    twice = _twice(given, whole.hashes)
     if missing or extra:  # packed anew on each rank: rows differ, but their targets are the same
         by_pair = ledger.surplus(np.concatenate([s.pairs() for s in shares if len(s)]), whole.pairs())
-        extra, missing = (0, 0) if sum(by_pair) == 0 else (extra, missing)
+        extra, missing, twice = (0, 0, 0) if sum(by_pair) == 0 else (extra, missing, twice)
     starved = [k for k, size in enumerate(sizes) if size == 0]
     if starved and sum(sizes) >= count:
         return failed(
@@ -110,14 +113,15 @@ def _judged(view: DataView, whole: ledger.Epoch, shares: list[ledger.Epoch], who
     even = max(sizes) == min(sizes)
     lost = (ledger.lost(view, 0, 0) or 0) / max(1, width - 1)
     lost = max(lost, count * max([1, *whole.batches])) if lost else 0.0
-    repeated = max(view.repeated_rows, count - 1 if even and not missing else 0)
-    if extra <= repeated + lost and missing <= lost:
+    repeated = max(view.repeated_rows, count - 1 if even and (lost or not missing) else 0)
+    # Dropping some excuses other rows and missing rows, as many as are dropped; it excuses no row given twice.
+    if twice <= repeated and extra <= repeated + lost and missing <= lost:
         return None
     few = extra + missing <= 2 * count * max([1, *whole.batches])
     same = all(np.array_equal(shares[0].hashes, s.hashes) for s in shares)
     copies = ["rank-shards-duplicated", "uneven-ranks"]
     return failed(
-        f"{count} {who}s get {sum(sizes)} rows, one gets {len(whole)}: {extra} are given twice, {missing} to nobody"
+        f"{count} {who}s get {sum(sizes)} rows, one gets {len(whole)}: {twice} are given twice, {missing} to nobody"
         + (f"; all {who}s get the same" if same else ""),
         extra + missing,
         view.repeated_rows,
@@ -126,6 +130,17 @@ def _judged(view: DataView, whole: ledger.Epoch, shares: list[ledger.Epoch], who
         component=f"sampler (shares of {who}s)",
         advice=f"deal rows out by {who} number; declare what is repeated (repeated_rows) or dropped (lost_targets)",
     )
+
+
+def _twice(given: np.ndarray, whole: np.ndarray) -> int:
+    """How many rows are given more often than one process alone is given them (once, if it drops them)."""
+    kinds, counts = np.unique(given, return_counts=True)
+    known, often = np.unique(whole, return_counts=True)
+    allowed = np.ones_like(counts)
+    here = np.searchsorted(known, kinds).clip(max=max(0, len(known) - 1))
+    found = known[here] == kinds if len(known) else np.zeros(len(kinds), dtype=bool)
+    allowed[found] = often[here[found]]
+    return int((counts - allowed).clip(min=0).sum())
 
 
 def _draws(shares: list[ledger.Epoch], later: ledger.Epoch) -> Finding:
@@ -178,6 +193,49 @@ def _() -> Subject:
             return self.order(len(order), rank, world)[rank::world] if world > 1 else order
 
     return specimens.subject(pipeline=Apart)
+
+
+class _Dropping(specimens.Pipeline):
+    """Whole batches of eight rows over all ranks; the tail waits for another epoch, and its owner says so."""
+
+    def shard(self, order: list[int], rank: int, world: int) -> list[int]:
+        return order[: len(order) // 8 * 8][rank::world]
+
+    def handed_over(self) -> DataView:
+        def lost(epoch: int, seed: int) -> int:
+            given = self.batches(epoch, seed, 0, 1)
+            return sum(int(targets(r).sum()) for r in self.rows("train")) - sum(
+                int(targets(r).sum()) for r in given
+            )
+
+        return dataclasses.replace(super().handed_over(), lost_targets=lost)
+
+
+@rank_shares.plant(
+    "rank-shards-duplicated",
+    component="ranks",
+    what="another shuffle on each rank, and a tail that is dropped",
+)
+def _() -> Subject:
+    class Apart(_Dropping):
+        def shard(self, order: list[int], rank: int, world: int) -> list[int]:
+            return super().shard(self.order(len(order), rank, world) if rank else order, rank, world)
+
+    return specimens.subject(pipeline=Apart)
+
+
+@rank_shares.healthy("a tail that is dropped")
+def _() -> Subject:
+    return specimens.subject(pipeline=_Dropping)
+
+
+@rank_shares.healthy("each number of ranks drops a tail of its own")
+def _() -> Subject:
+    class Own(_Dropping):
+        def shard(self, order: list[int], rank: int, world: int) -> list[int]:
+            return order[: len(order) // (8 * world) * (8 * world)][rank::world]
+
+    return specimens.subject(pipeline=Own)
 
 
 @rank_shares.plant(

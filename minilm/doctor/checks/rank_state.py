@@ -6,7 +6,7 @@ runs. A schedule that is advanced by every process ends early.
 
 How: two ranks with rows of very different lengths take steps with a dropout of 0.3. The logged losses must be one
 number on all ranks, that of a float64 mean over the rows of both (without dropout); the rates must follow the plan; the
-outputs of the same rows in train mode must differ; and no row of the ranks' own data may be on both.
+outputs of the same rows in train mode must differ; and the ranks' own data may have no half of its rows in common.
 
 Cannot see: what the ranks' data is beyond four steps (see the data group).
 
@@ -31,6 +31,9 @@ from minilm.doctor.subject import Rows, Subject
 
 WORLD, STEPS = 2, 4
 LIMIT = 5e-3  # of the loss
+MOST_COMMON = (
+    0.5  # of the rows: data has equal rows in it, and may be so small that four steps are two epochs
+)
 
 
 class States:
@@ -156,13 +159,13 @@ def _rates(found: Sequence[Mapping[str, Any]]) -> Finding | None:
 def _rows(found: Sequence[Mapping[str, Any]]) -> Finding | None:
     common = set(found[0]["data"]) & set(found[1]["data"])
     own = [len(set(one["data"])) for one in found]
-    if not common:
-        return None
     share = len(common) / max(1, min(own))
+    if share <= MOST_COMMON:
+        return None
     return failed(
         f"{len(common)} of {own[0]} rows in {STEPS} steps are on both ranks",
         share,
-        0.0,
+        MOST_COMMON,
         unit="of the rows",
         bugs=["rank-shards-duplicated"],
         component="ranks: rows of the data",

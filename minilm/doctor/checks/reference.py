@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,10 @@ from minilm.doctor.probes import FLOAT32_NOISE, difference, quiet, redraw_weight
 from minilm.doctor.subject import Subject
 
 LENGTH = 32
-STD = 0.2
+STD, WIDTH = (
+    0.2,
+    32,
+)  # of redrawn weights, and up to which width: wider, sums of as many terms would grow with it
 QUERY = re.compile(r"(^|[._])(q|wq|q_proj|query|q_b_proj|to_q)\.weight$", re.IGNORECASE)
 
 ADVICE = {
@@ -51,12 +55,12 @@ ADVICE = {
 def reference_agrees(subject: Subject) -> Finding:
     """Golden logits, and the role in whose absence the two agree."""
     assert subject.forward is not None and subject.reference is not None
-    std = STD if subject.module is not None and _follows(subject) else None
+    std = _std(subject.module) if subject.module is not None and _follows(subject) else None
     with quiet(subject, redraw=std), torch.no_grad():
         tokens = tokens_for(subject, 2, LENGTH)
         mine, theirs = subject.forward(tokens), subject.reference(tokens)
         worst = difference(mine, theirs)
-        own = "its own weights" if std is None else f"weights of {std}"
+        own = "its own weights" if std is None else f"weights of {std:.2g}"
         if worst <= FLOAT32_NOISE:
             return passed(f"differs from the reference by {worst:.1e} std, with {own}",
                           worst, FLOAT32_NOISE, unit="logit std")  # fmt: skip
@@ -82,6 +86,12 @@ def reference_agrees(subject: Subject) -> Finding:
         component=_common(roles) + f"({place})" if roles else place,
         advice=ADVICE.get(place, "compare the two module by module, from the embedding upwards"),
     )  # fmt: skip
+
+
+def _std(module: nn.Module) -> float:
+    """So that activations are about as large at any width: rounding is amplified by sharp attention."""
+    widths = [p.shape[-1] for p in module.parameters() if p.dim() == 2]
+    return STD * min(1.0, math.sqrt(WIDTH / statistics.median(widths))) if widths else STD
 
 
 def _follows(subject: Subject) -> bool:

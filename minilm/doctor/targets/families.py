@@ -76,6 +76,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 8},
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"]},
     "deepseek_v32": {**_LATENT, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 128},
     "axk1": _LATENT,
     "axk2": _LATENT,
@@ -138,27 +139,75 @@ _NOT_CAUSAL = "is not a causal language model by design: "
 # family -> check -> why the check does not apply
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "cpmant": dict.fromkeys(
-        ("causality", "right_padding"),
+        ("causality", "right_padding", "greedy", "padded_prompts"),
         _NOT_CAUSAL + "a learnt prefix and the prompt are seen in both directions",
     ),
-    "prophetnet": dict.fromkeys(
-        ("causality", "right_padding", "residuals", "dead_slices"),
-        _NOT_CAUSAL + "it predicts the next n-gram with several streams",
+    "prophetnet": {
+        "residuals": "predicts the next n-gram with streams of their own, which see a token through attention only",
+        "dead_slices": "has weights for relative distances up to 128, of which short rows use a part",
+    },
+    "rwkv": {"padded_prompts": "ignores attention_mask, and says so in a warning: no rows of unequal length"},
+    "xlm": dict.fromkeys(
+        ("greedy", "padded_prompts"), "generates by a mask token behind the prompt, without a mask"
     ),
-    "xlnet": {"causality": _NOT_CAUSAL + "a permutation language model without its permutation mask"},
-    "xlm": {},
+    "xlnet": {
+        "causality": _NOT_CAUSAL + "a permutation language model without its permutation mask",
+        **dict.fromkeys(
+            ("greedy", "padded_prompts"), "generates by a dummy token behind the prompt that it predicts"
+        ),
+    },
 }
 
 _OF_THE_LOSS = (
     *("loss_identity", "loss_gradient", "successor", "chunked_loss", "rows_do_not_mix", "ignored_positions"),
-    *("random_floor", "initial_loss"),
+    *("random_floor", "initial_loss", "follows_weights"),
 )
 
-# check -> the defect that every family shares; family -> check -> its own. All are described in docs/found.md.
-FOUND_EVERYWHERE: dict[str, str] = {
-    "no_targets": "the loss of rows without a single target is NaN (its gradient is 0)"
+_POSITIONS_OF_ROBERTA = "the RoBERTa family generates with other positions than it is trained with"
+_PADS_COUNTED = "decoders of the BART type count left padding among the positions"
+_OVERWRITTEN = "Youtu and Zaya overwrite a part of what from_pretrained loaded"
+_FUTURE = "ProphetNet mixes up the relative positions of its predicting streams and sees later tokens"
+_UNTOLD_STEP = "Bamba takes a cached step for position 0 if it is not told positions"
+_ROWS_MIXED = "RWKV mixes the rows of a batch in cached steps"
+
+# check -> the defect that every family shares; family -> check -> its own. Each text is a heading in docs/found.md.
+FOUND_EVERYWHERE: dict[str, str] = {"no_targets": "the loss of rows without a single target is NaN"}
+FOUND: dict[str, dict[str, str]] = {
+    **{
+        family: {"padded_prompts": _PADS_COUNTED}
+        for family in (
+            *(
+                "bart",
+                "bigbird_pegasus",
+                "blenderbot",
+                "blenderbot-small",
+                "marian",
+                "mbart",
+                "mvp",
+                "pegasus",
+            ),
+            *("plbart", "trocr", "whisper"),
+        )
+    },
+    **{
+        family: dict.fromkeys(("greedy", "padded_prompts"), _POSITIONS_OF_ROBERTA)
+        for family in (
+            *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm"),
+            *("xlm-roberta", "xlm-roberta-xl", "xmod"),
+        )
+    },
+    "bamba": {"cache_parity": _UNTOLD_STEP},
+    "prophetnet": dict.fromkeys(
+        ("causality", "right_padding", "cache_parity", "greedy", "padded_prompts"), _FUTURE
+    ),
+    "recurrent_gemma": {
+        "padded_prompts": "RecurrentGemma lets left padding, and the text before, into its convolution",
+        "precision": "RecurrentGemma computes the decay of its recurrence in bfloat16",
+    },
+    "rwkv": dict.fromkeys(("greedy", "stops"), _ROWS_MIXED),
+    "youtu": dict.fromkeys(("initialisation", "precision", "ties", "save_load"), _OVERWRITTEN),
+    "zaya": {"save_load": _OVERWRITTEN},
 }
-FOUND: dict[str, dict[str, str]] = {}
 
 # Decoders of encoder-decoder families: their CausalLM class compares logits and labels as they are.
 UNSHIFTED_LABELS = (
@@ -179,6 +228,9 @@ UNSHIFTED_LABELS = (
 
 # family -> parameters that get no gradient by design (patterns of names)
 UNUSED: dict[str, tuple[str, ...]] = {
+    "deepseek_v4": (
+        "model.layers.0.mlp.gate.weight",
+    ),  # a table routes by token; ours sends all to one expert
     "roc_bert": ("*pronunciation_embed*", "*shape_embed*"),  # inputs of their own, left at padding by default
 }
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +70,16 @@ def factory_subject(text: str) -> Subject:
     sys.modules[spec.name] = content  # dataclasses look their module up
     sys.path.insert(0, str(file.resolve().parent))
     try:
-        spec.loader.exec_module(content)
+        with _explained(f"{path} cannot be run", file):
+            spec.loader.exec_module(content)
     finally:
         sys.path.remove(str(file.resolve().parent))
     factory: Callable[[], Any] | None = getattr(content, name, None)
     if not callable(factory):
         names = [n for n, v in vars(content).items() if callable(v) and not n.startswith("_")]
         raise ConfigError(f"{path} has no function {name!r}. It has: {', '.join(names) or 'none'}.")
-    subject = subject_of_object(factory())
+    with _explained(f"{text} gives nothing that can be examined", file):
+        subject = subject_of_object(factory())
 
     def build(seed: int) -> Subject:
         with torch.random.fork_rng(devices=[]):
@@ -83,6 +87,20 @@ def factory_subject(text: str) -> Subject:
             return subject_of_object(factory())
 
     return subject.but(name=text, build=subject.build or (build if subject.fresh else None))
+
+
+@contextlib.contextmanager
+def _explained(what: str, file: Path) -> Iterator[None]:
+    """Whatever the user's file raises becomes a ConfigError that names its last line that took part."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}") from error
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == file]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        where = f" ({file}, line {line})" if line is not None else ""
+        raise ConfigError(f"{what}: {type(error).__name__}: {error}{where}") from error
 
 
 def logits_of(output: Any) -> Tensor:

@@ -37,7 +37,12 @@ def trainer_subject(trainer: Trainer, *, name: str = "") -> Subject:
         return _Steps(trainer, clip, seed, num_steps).handed_over()
 
     def evaluate(batches: Sequence[Rows]) -> float:
-        return float(_again(trainer, copy.copy(trainer.model), list(batches)).evaluate()["eval_loss"])
+        modes = [(part, part.training) for part in trainer.model.modules()]
+        try:
+            return float(_again(trainer, copy.copy(trainer.model), list(batches)).evaluate()["eval_loss"])
+        finally:  # it leaves eval mode behind: its next training step sets the mode, as the check train_mode sees
+            for part, mode in modes:
+                part.training = mode
 
     return subject.but(training=training, evaluate=evaluate)
 

@@ -208,7 +208,11 @@ class _Theirs:
                 "top_k": top_k or 0,
                 "top_p": top_p or 1.0,
             }
-        with random_states_kept(seed), torch.no_grad():  # theirs has no generator of its own
+        with (
+            random_states_kept(seed),
+            torch.no_grad(),
+            self._plain_generation(),
+        ):  # it has no generator of its own
             out = self.model.generate(
                 input_ids=tokens,
                 attention_mask=keep,
@@ -219,6 +223,18 @@ class _Theirs:
             )
         new = [row[width:].tolist() for row in out]
         return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in new]
+
+    @contextlib.contextmanager
+    def _plain_generation(self) -> Iterator[None]:
+        """Without what a class or a folder adds to the choice of tokens (a forced end, beams, forbidden n-grams)."""
+        from transformers import GenerationConfig
+
+        before = self.model.generation_config
+        self.model.generation_config = GenerationConfig()
+        try:
+            yield
+        finally:
+            self.model.generation_config = before
 
 
 def _saved(module: PreTrainedModel, folder: Path | str) -> None:

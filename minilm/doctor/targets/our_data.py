@@ -73,6 +73,15 @@ def data_view(
     )
 
 
+def loader_of(
+    data: Data, batch_rows: int, micro_batch: int | None, *, seed: int, rank: int, world: int
+) -> Loader:
+    """A rank's loader over what the doctor looks at, in batches of which an epoch has several."""
+    return _Shown(data, max(world, batch_rows // world * world), micro_batch, Loader).loader(
+        seed, rank, world
+    )
+
+
 def rows_of(batch: Batch) -> Rows:
     """An aligned batch as the doctor's unshifted rows. DataError where inputs and targets are not of one row."""
     tokens = torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1)

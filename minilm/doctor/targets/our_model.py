@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ from torch import Tensor, nn
 
 from minilm import models
 from minilm.alignment import Batch, Sum, align, score, score_hidden
+from minilm.doctor.probes import random_states_kept
 from minilm.doctor.subject import Rows, Subject
+from minilm.doctor.targets.our_router import router_view
 from minilm.evaluation.generate import Sampling, choose, generate
 from minilm.evaluation.intervals import Scores
 from minilm.evaluation.score import evaluate, measure, windows
+from minilm.evaluation.text import byte_lengths_of
 from minilm.models import folder as model_folder
 from minilm.models.base import ModelConfig
+from minilm.models.hf import to_hf
 
 
 def model_subject(
@@ -42,6 +47,7 @@ def model_subject(
         forward=ours.forward,
         masked_forward=ours.masked,
         packed_forward=ours.packed,
+        reference=ours.reference if model.config.name == "original" else None,
         incremental=ours.incremental,
         backends=ours.backends(),
         build=None if config is None else lambda seed: _drawn(config, seed),
@@ -51,6 +57,7 @@ def model_subject(
         total_loss=ours.total_loss,
         evaluate=ours.evaluate,
         perplexity=ours.perplexity,
+        bits_per_byte=None if tokenizer is None else functools.partial(ours.bits_per_byte, tokenizer),
         continuation=ours.continuation,
         generate=ours.generate,
         choose=_choose,
@@ -85,6 +92,7 @@ def _declared(model: nn.Module) -> dict[str, Any]:
         "lowered": ours.lowered,
         "initial_stds": {"*": model.config.init_std},
         "document": ours.document,
+        "router": router_view(model),
     }
 
 
@@ -107,6 +115,11 @@ class _Ours:
 
     def packed(self, tokens: Tensor, segments: Tensor) -> Tensor:
         return self.model(tokens.to(self.device), segments=segments.to(self.device)).logits.cpu()
+
+    def reference(self, tokens: Tensor) -> Tensor:
+        """Transformers' Llama with the weights of this moment."""
+        with random_states_kept(), torch.no_grad():  # a new model draws weights before it is given ours
+            return to_hf(self.model)(input_ids=tokens.to(self.device), use_cache=False).logits.cpu()
 
     def incremental(self, tokens: Tensor, n: int) -> Tensor:
         tokens = tokens.to(self.device)
@@ -187,6 +200,10 @@ class _Ours:
 
     def perplexity(self, batches: Sequence[Rows]) -> float:
         return evaluate(self.model, map(batch_of, batches)).perplexity
+
+    def bits_per_byte(self, tokenizer: Any, batches: Sequence[Rows]) -> float:
+        lengths = byte_lengths_of(tokenizer)
+        return evaluate(self.model, map(batch_of, batches), byte_lengths=lengths).bits_per_byte
 
     def continuation(self, prompt: Sequence[int], continuation: Sequence[int]) -> float:
         tokens = torch.tensor([[*prompt, *continuation]])

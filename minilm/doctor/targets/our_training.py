@@ -26,7 +26,7 @@ from minilm.training.optim import OptimConfig
 from minilm.training.settings import TrainConfig
 from minilm.training.step import optimizer_step
 
-_AS_CONFIGURED: Any = object()
+AS_CONFIGURED: Any = object()
 
 
 def training_of(
@@ -47,10 +47,10 @@ def training_of(
     """
 
     def training(
-        clip_norm: float | None = _AS_CONFIGURED, seed: int = train.seed, num_steps: int = num_steps
+        clip_norm: float | None = AS_CONFIGURED, seed: int = train.seed, num_steps: int = num_steps
     ) -> Training:
-        settings = rates if clip_norm is _AS_CONFIGURED else dataclasses.replace(rates, clip_norm=clip_norm)
-        return _Steps(make_model(seed), settings, train, num_steps, batches).handed_over()
+        settings = rates if clip_norm is AS_CONFIGURED else dataclasses.replace(rates, clip_norm=clip_norm)
+        return _Steps(make_model(seed), settings, train, num_steps, batches, seed).handed_over()
 
     return training
 
@@ -70,12 +70,14 @@ class _Steps:
         train: TrainConfig,
         num_steps: int,
         batches: Callable[[int], Sequence[Batch]] | None,
+        seed: int,
     ) -> None:
         self.rates, self.num_steps, self.batches = rates, num_steps, batches
         self.layout = Layout(train.asked(rates.clip_norm))
         passing.arrange(model, recompute=train.activation_checkpointing == "blocks", compiled=train.compile)
         model = model.to(self.layout.device)
         self.layout.prepare(Objective(model), optim.build(model, rates), ema_decay=train.ema_decay)
+        self.layout.seed_dropout(seed)
         self.layout.objective.train()
         self.step_number = self.position = 0
 
