@@ -44,6 +44,8 @@ def _rules(config: RunConfig, data: Data) -> Iterator[tuple[bool, tuple[str, ...
     yield greedy, ("sample.top_k", "sample.seed"), "sample.temperature is 0"
     dashboard = ("project", "name", "group", "tags", "swanlab_folder", "swanlab_close_seconds")
     of_dashboard = tuple(f"track.{name}" for name in dashboard)
+    unused = tuple(f"model.{name}" for name in config.model.unused)
+    yield bool(unused), unused, f"model {config.model.name} has no use for it"
     yield config.track.swanlab == "off", of_dashboard, "track.swanlab is off"
 
 

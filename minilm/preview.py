@@ -165,7 +165,7 @@ def layouts(plan: Plan) -> Iterator[tuple[str, Spread, str]]:
         recompute=recompute,
     )  # fmt: skip
     yield "this run", own, _backend(config, layout)
-    kernel = config.model.attention
+    kernel = config.model.kernel
     if kernel == "auto":
         kernel = "sdpa" if attention.flash_missing() else "flash"
     others: list[tuple[Kind, int, bool]] = [("single", 1, False), ("single", 1, True)]
@@ -285,7 +285,7 @@ def _memory(plan: Plan, spread: Spread, kernel: str, num_moments: int) -> Memory
 def _backend(config: RunConfig, layout: Layout) -> str:
     """The attention kernel that will run. Raises ConfigError where the one that was asked for cannot."""
     dtype = torch.bfloat16 if layout.bf16 else torch.float32
-    return attention.resolve(config.model.attention, layout.device, dtype, config.model.head_dim)
+    return attention.resolve(config.model.kernel, layout.device, dtype, config.model.head_dim)
 
 
 def _optimizer(config: RunConfig, layout: Layout) -> torch.optim.Optimizer:

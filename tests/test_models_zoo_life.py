@@ -220,20 +220,29 @@ def test_the_rotary_table_stays_exact_under_every_cast(name, cast):
 
 @every_model
 def test_bfloat16_is_near_float32(name):
-    """Norms and softmax are computed in float32 inside: the error is that of rounding the states, not more."""
+    """Norms and softmax are computed in float32 inside: the error is that of rounding the states, not more.
+
+    Where a router chooses, rounded states send a few tokens to another expert of nearly equal weight: there the
+    error is that of the token in the middle.
+    """
     model = tiny(name)
     ids = tokens(model, 2, 100)
     want = model(ids).hidden
+
+    def error(got):
+        wrong = (got.float() - want) / want.std()
+        return wrong.std(dim=-1).median() if hasattr(model.config, "top_k") else wrong.std()
+
     rounded = copy.deepcopy(model).to(torch.bfloat16)
     assert rounded(ids).hidden.dtype == torch.bfloat16
-    assert (rounded(ids).hidden.float() - want).std() / want.std() < 0.03
+    assert error(rounded(ids).hidden) < 0.03
     with torch.autocast("cpu", torch.bfloat16):
-        assert (model(ids).hidden.float() - want).std() / want.std() < 0.03
+        assert error(model(ids).hidden) < 0.03
         cache = model.new_cache(2, 100)
         with torch.no_grad():
             cached = model(ids, cache=cache).hidden
         assert cache.keys.dtype == torch.bfloat16
-        assert (cached.float() - want).std() / want.std() < 0.03
+        assert error(cached) < 0.03
 
 
 @every_model
@@ -275,8 +284,8 @@ def test_one_batch_can_be_learnt_by_heart(name):
     model = tiny(name, init_std=0.02).train()
     ids = tokens(model, 4, 17)
     batch = align(ids, torch.tensor([[1] * 17, [1] * 9 + [2] * 8, [1] * 12 + [0] * 5, [0] * 3 + [1] * 14]))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2, weight_decay=0.0)
-    for _ in range(80):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(120):
         output = model(batch.inputs, batch.segments, batch.positions)
         loss = score(output.logits, batch)
         optimizer.zero_grad()

@@ -65,7 +65,11 @@ def run(arguments: argparse.Namespace) -> int:
     parameters = [config.num_parameters() for config in configs]
     forward = [config.flops_per_token(length) for config in configs]
     training = [config.training_flops_per_token(length) for config in configs]
-    table.add_row("parameters", *(f"{n:,}" for n in parameters), style="bold", end_section=True)
+    active = [config.active_parameters() for config in configs]
+    chosen = active != parameters  # somewhere a router chooses
+    table.add_row("parameters", *(f"{n:,}" for n in parameters), style="bold", end_section=not chosen)
+    if chosen:
+        table.add_row("of them active for a token", *(f"{n:,}" for n in active), end_section=True)
     table.add_row("FLOPs per token, forward", *map(_flops, forward))
     table.add_row("FLOPs per token, training", *map(_flops, training), end_section=True)
     for name, size in (("weights, float32", 4), ("gradients, float32", 4), ("Adam moments, float32", 8)):
@@ -75,7 +79,10 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(table)
     if len(configs) > 1:
         state = [16 * n for n in parameters]
-        measures = {"parameters": parameters, "training FLOPs per token": training, "state": state}
+        measures = {"parameters": parameters}
+        if chosen:
+            measures["active parameters"] = active
+        measures |= {"training FLOPs per token": training, "state": state}
         for line in compared(arguments.models, measures):
             console.print(line, soft_wrap=True)
     return 0

@@ -42,10 +42,16 @@ class ModelConfig:
     init_std: Annotated[float, Field(gt=0, description="standard deviation of freshly drawn weights")] = 0.02
 
     sizes: ClassVar[dict[str, dict[str, Any]]] = {}  # size name -> fields, from small to large
+    unused: ClassVar[tuple[str, ...]] = ()  # inherited fields that mean nothing here; giving one is reported
 
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+    @property
+    def kernel(self) -> Backend:
+        """The attention kernel to ask for: `attention`, but where a variant cannot go with what auto would take."""
+        return self.attention
 
     def problems(self) -> list[tuple[str, str]]:
         """Contradictions between fields, as (field, message)."""
@@ -70,6 +76,10 @@ class ModelConfig:
 
     def num_parameters(self) -> int:
         return sum(self.parameter_groups().values())
+
+    def active_parameters(self) -> int:
+        """Parameters that work on one token: all of them, but where a router chooses."""
+        return self.num_parameters()
 
     def flops_per_token(self, sequence_length: int) -> int:
         """Floating point operations of one forward pass per token, in rows of `sequence_length` tokens.

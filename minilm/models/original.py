@@ -80,7 +80,7 @@ class Original(nn.Module):
         if not config.tie_embeddings:
             self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         # How training goes through a block instead of calling it: recomputed, compiled.
-        self.through: Callable[[nn.Module, Tensor, Plan], Tensor] | None = None
+        self.through: Callable[[nn.Module, Tensor, Plan], Any] | None = None
         self.initialise()
 
     def block(self, layer: int) -> nn.Module:
@@ -149,7 +149,7 @@ class Original(nn.Module):
         elif positions is None and segments is not None:
             positions = positions_within(segments)
         shared = plan(
-            self.config.attention,
+            self.config.kernel,
             *self.rotary(inputs.shape[1] if positions is None else positions),
             inputs=inputs,
             segments=segments,
@@ -158,12 +158,21 @@ class Original(nn.Module):
             cache=cache,
         )
         x = self.dropout(self.embedding(inputs))  # [B, L, D]
-        through = self.through if self.training and cache is None else None
-        for block in self.blocks:
-            x = through(block, x, shared) if through else block(x, shared)
+        x, auxiliary = self.stack(x, shared, segments)
         if cache is not None:
             cache.commit()
-        return Output(self.norm(x), self.head_weight)
+        return Output(self.norm(x), self.head_weight, auxiliary)
+
+    def stack(self, x: Tensor, plan: Plan, segments: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """x [B, L, D] through all blocks, and the model's own losses: what a variant with such losses replaces."""
+        for block in self.blocks:
+            x = self.passed(block, x, plan)
+        return x, {}
+
+    def passed(self, block: nn.Module, x: Tensor, plan: Plan) -> Any:
+        """What a block returns: in training it may be recomputed or compiled."""
+        through = self.through if self.training and plan.cache is None else None
+        return through(block, x, plan) if through else block(x, plan)
 
     def _check(self, inputs: Tensor, segments: Tensor | None, positions: Tensor | None) -> None:
         if inputs.dim() != 2 or inputs.shape[1] == 0:

@@ -97,11 +97,20 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, plan: Plan) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [B, L, H + 2 Hkv, d]
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        qk = self.prepared(qk)
         q, k = rotate(qk, plan.cos, plan.sin).split([self.heads, self.kv_heads], dim=2)
         if plan.cache is not None:
             k, v = plan.cache.extend(self.layer, k, v)
-        mixed = attend(q, k, v, plan, self.dropout if self.training else 0.0)
+        mixed = self.mixed(q, k, v, plan, qk[:, :, : self.heads])
         return self.out(mixed.flatten(2))
+
+    def prepared(self, qk: Tensor) -> Tensor:
+        """Queries and keys [B, L, H + Hkv, d] before they are rotated: what a variant that normalises them replaces."""
+        return qk
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, unrotated: Tensor) -> Tensor:
+        """Values mixed by attention [B, L, H, d]; `unrotated` are the queries without their positions."""
+        return attend(q, k, v, plan, self.dropout if self.training else 0.0)
 
 
 class SwiGLU(nn.Module):
@@ -135,6 +144,19 @@ class Block(nn.Module):
     def forward(self, x: Tensor, plan: Plan) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), plan))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+
+class AttentionBlock(nn.Module):
+    """x + attention(norm(x)): a block without a feed-forward. One norm, as there is one branch."""
+
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = attention
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, plan: Plan) -> Tensor:
+        return x + self.dropout(self.attention(self.attention_norm(x), plan))
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
