@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 
 import pytest
@@ -184,3 +185,17 @@ def test_two_ranks_are_one_process_and_zero_is_refused(tmp_path, store):
     assert result.returncode != 0
     assert "optim.name muon does not go with DeepSpeed ZeRO" in result.stderr
     assert not (tmp_path / "zero" / "metrics.jsonl").exists()
+
+
+def test_a_copy_of_model_and_optimizer_together_takes_the_same_steps() -> None:
+    model = models.build(models.preset("original", "tiny"))
+    optimizer = optim.build(model, optim.OptimConfig(name="muon"))
+    other, its = copy.deepcopy((model, optimizer))
+    for mine, theirs in ((model, optimizer), (other, its)):
+        for _ in range(2):
+            mine(torch.arange(12)[None]).logits.square().sum().backward()
+            theirs.step()
+            theirs.zero_grad()
+    weights = dict(other.named_parameters())
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert not any(p is weights[name] for name, p in model.named_parameters())

@@ -71,6 +71,10 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__([*({**group, "muon": False} for group in adamw.param_groups), muon], {})
         self._adamw, self._stacked = adamw, stacked
 
+    def __getstate__(self) -> dict[str, Any]:
+        """So that copy.deepcopy copies all of it: torch's own names the defaults, the state and the groups only."""
+        return super().__getstate__() | {"_adamw": self._adamw, "_stacked": self._stacked}
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
