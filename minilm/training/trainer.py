@@ -298,7 +298,9 @@ class Trainer:
         )
 
     def _sample(self) -> None:
-        """A text that cannot be written is told, and never ends a run."""
+        """A text that cannot be written is told, and never ends a run; a save under way is complete before."""
+        if self.sample is not None:
+            self.saver.wait()
         if self.sample is not None and self.layout.is_main:
             try:
                 self.log.sample(self.step, self.sample(self.step))
