@@ -14,8 +14,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minilm import cli
+
+if TYPE_CHECKING:
+    from minilm.run import Loaded
 
 
 def main(argv: list[str]) -> int:
@@ -32,6 +36,11 @@ def main(argv: list[str]) -> int:
         choices=("last", "ema"),
         default="last",
         help="those of the last step, or their moving average (train.ema_decay); default: last",
+    )
+    add(
+        "--store",
+        metavar="DIR",
+        help="knowledge store to read in place of the one that the model was trained with",
     )
     add(
         "--data",
@@ -79,29 +88,23 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     from accelerate import PartialState
 
-    from minilm.errors import ConfigError
     from minilm.evaluation.heldout import How, open_held_out
     from minilm.evaluation.mode import context_tokens
     from minilm.evaluation.report import Asked, make_report, print_report
     from minilm.manifest import UNCHECKED, unchecked
     from minilm.run import load_checkpoint
 
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json: there is no folder {arguments.json.absolute().parent}.")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda was asked for, but torch sees no GPU here.")
-    if arguments.batch_rows is not None and arguments.batch_rows < 1:
-        raise ConfigError(f"--batch-rows is {arguments.batch_rows}; it must be at least 1.")
+    _refuse_wrong_use(arguments, cuda=torch.cuda.is_available())
     joined = torch.distributed.is_initialized()  # by the caller, who then also ends it
     state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
     try:
-        loaded = load_checkpoint(arguments.checkpoint, device=str(state.device), weights=arguments.weights)
+        loaded = load_checkpoint(
+            arguments.checkpoint,
+            device=str(state.device),
+            weights=arguments.weights,
+            knowledge=arguments.store,
+        )
         of_run = None if loaded.config is None else loaded.config.data
-        data = arguments.data or (of_run and (of_run.validation_store or of_run.store))
-        if not data:
-            raise ConfigError(f"{loaded.folder} does not lie in a run folder: say what to score with --data.")
-        if not arguments.data and of_run and not of_run.validation_store:
-            _refuse_another_store(of_run.store, loaded.store_fingerprint)
         length = arguments.sequence_length
         if length is None:
             length = of_run.sequence_length if of_run else context_tokens(loaded.model)
@@ -109,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
             loaded.model,
             loaded.tokenizer,
             open_held_out(
-                data,
+                _data(arguments, loaded),
                 loaded.model,
                 loaded.tokenizer,
                 split=arguments.split,
@@ -141,6 +144,35 @@ def run(arguments: argparse.Namespace) -> int:
         if not joined:
             state.destroy_process_group()
     return 0
+
+
+def _refuse_wrong_use(arguments: argparse.Namespace, *, cuda: bool) -> None:
+    from minilm.errors import ConfigError, listed
+
+    problems = []
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        problems.append(f"--json: there is no folder {arguments.json.absolute().parent}.")
+    if arguments.device == "cuda" and not cuda:
+        problems.append("--device cuda was asked for, but torch sees no GPU here.")
+    if arguments.batch_rows is not None and arguments.batch_rows < 1:
+        problems.append(f"--batch-rows is {arguments.batch_rows}; it must be at least 1.")
+    if problems:
+        raise ConfigError(listed(problems))
+
+
+def _data(arguments: argparse.Namespace, loaded: Loaded) -> str:
+    """The place of what is scored: what was asked for, or what the run holds out."""
+    from minilm.errors import ConfigError
+
+    if arguments.data:
+        return arguments.data
+    if loaded.config is None:
+        raise ConfigError(f"{loaded.folder} does not lie in a run folder: say what to score with --data.")
+    of_run = loaded.config.data
+    if of_run.validation_store:
+        return of_run.validation_store
+    _refuse_another_store(of_run.store, loaded.store_fingerprint)
+    return of_run.store
 
 
 def _refuse_another_store(store: str, fingerprint: str) -> None:

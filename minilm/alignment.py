@@ -42,6 +42,8 @@ class Batch:
     positions  int64    0, 1, 2, ... within the document; 0 at padding
     targets    int64    logits[b, i] must predict targets[b, i]
     weights    float32  1 where that prediction counts, else 0
+    entries    int64    row of the knowledge source from which targets[b, i] can be known, -1 where none is known
+                        and where no prediction counts; None where the data carry no such labels
     """
 
     inputs: Tensor
@@ -49,23 +51,21 @@ class Batch:
     positions: Tensor
     targets: Tensor
     weights: Tensor
+    entries: Tensor | None = None
 
     def __post_init__(self) -> None:
-        shapes = {f.name: tuple(getattr(self, f.name).shape) for f in dataclasses.fields(self)}
+        shapes = {name: tuple(field.shape) for name, field in self._fields().items()}
         if len(set(shapes.values())) > 1:  # one that broadcasts would be averaged over the wrong count
             raise DataError(f"All fields of a batch have one shape [B, L]; these are {shapes}.")
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on `device`."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
-            for f in dataclasses.fields(self)
-        }
+        moved = {name: field.to(device, non_blocking=non_blocking) for name, field in self._fields().items()}
         return Batch(**moved)
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows `start` to `stop` (exclusive) as a batch of their own."""
-        return Batch(**{f.name: getattr(self, f.name)[start:stop] for f in dataclasses.fields(self)})
+        return Batch(**{name: field[start:stop] for name, field in self._fields().items()})
 
     def num_targets(self) -> Tensor:
         """How many predictions count: the denominator of the mean loss, a float64 scalar."""
@@ -76,8 +76,15 @@ class Batch:
         """(B, L): rows and predictions per row."""
         return self.inputs.shape[0], self.inputs.shape[1]
 
+    def _fields(self) -> dict[str, Tensor]:
+        """The fields that there are: `entries` may be absent."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: field for name, field in found.items() if field is not None}
 
-def align(tokens: Tensor, segments: Tensor, learn: Tensor | None = None) -> Batch:
+
+def align(
+    tokens: Tensor, segments: Tensor, learn: Tensor | None = None, entries: Tensor | None = None
+) -> Batch:
     """Rows of tokens -> a batch: position i predicts token i + 1 of the same document.
 
     tokens    [B, L+1] integers. Ids are not inspected: padding is known by its segment, never by its id, so a
@@ -85,13 +92,16 @@ def align(tokens: Tensor, segments: Tensor, learn: Tensor | None = None) -> Batc
     segments  [B, L+1] integers: 0 is padding, documents have numbers that rise along the row. Padding may
               stand before, between and after documents; a document is one unbroken run.
     learn     [B, L+1] bool, optional: is TOKEN i to be learnt (for instance only the answer to a prompt).
+    entries   [B, L+1] integers, optional: row of the knowledge source from which TOKEN i can be known, -1 where
+              none is known. It travels with its token: in the batch it stands where that token is predicted.
 
     A prediction counts when input and target are of the same document and the target is to be learnt: the
-    first token of a document is nobody's target, padding neither predicts nor is predicted.
+    first token of a document is nobody's target, padding neither predicts nor is predicted. Where no prediction
+    counts there is no label either.
 
     Raises DataError for shapes, types or segment numbers that do not fit this description.
     """
-    _check_types(tokens, segments, learn)
+    _check_types(tokens, segments, learn, entries)
     tokens, segments = tokens.long(), segments.long()  # ids from disk may be of a type with few operations
     _check_documents(segments)
     source, target = segments[:, :-1], segments[:, 1:]
@@ -104,6 +114,7 @@ def align(tokens: Tensor, segments: Tensor, learn: Tensor | None = None) -> Batc
         positions=positions_within(segments)[:, :-1].clone(),
         targets=tokens[:, 1:].clone(),
         weights=counts.float(),
+        entries=None if entries is None else torch.where(counts, entries[:, 1:].long(), -1),
     )
 
 
@@ -146,19 +157,28 @@ def positions_within(segments: Tensor) -> Tensor:
     return torch.where(segments > 0, index - first, 0)
 
 
-def _check_types(tokens: Tensor, segments: Tensor, learn: Tensor | None) -> None:
+def _check_types(tokens: Tensor, segments: Tensor, learn: Tensor | None, entries: Tensor | None) -> None:
     if tokens.dim() != 2 or tokens.shape[1] < 2:
         raise DataError(f"tokens must be [rows, at least 2 tokens], not {list(tokens.shape)}.")
-    for name, value in (("segments", segments), ("learn", learn)):
+    for name, value in (("segments", segments), ("learn", learn), ("entries", entries)):
         if value is not None and value.shape != tokens.shape:
             raise DataError(
                 f"{name} has shape {list(value.shape)}, tokens {list(tokens.shape)}: they must be equal."
             )
-    for name, value in (("tokens", tokens), ("segments", segments)):
+    for name, value in (("tokens", tokens), ("segments", segments), ("entries", entries)):
+        if value is None:
+            continue
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise DataError(f"{name} must be integers, not {value.dtype}.")
     if learn is not None and learn.dtype != torch.bool:  # labels with -100 in them would be true everywhere
         raise DataError(f"learn must be bool (true where the token is to be learnt), not {learn.dtype}.")
+    if entries is not None and bool(
+        (entries < -1).any()
+    ):  # -100 would be a row number to whoever looks it up
+        raise DataError(
+            f"entries has the value {int(entries.min())}: a row of the knowledge source is 0 or more, -1 says that "
+            "none is known."
+        )
 
 
 def _check_documents(segments: Tensor) -> None:

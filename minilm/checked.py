@@ -19,6 +19,7 @@ from minilm.doctor.report import explained
 from minilm.doctor.subject import Subject, Training
 from minilm.doctor.targets.our_data import data_view
 from minilm.doctor.targets.our_model import model_subject
+from minilm.doctor.targets.our_training import decays_of
 from minilm.doctor.watch import Watch
 from minilm.errors import CheckFailed
 from minilm.start import Start
@@ -71,7 +72,7 @@ def subject_of_start(start: Start, model: nn.Module, optimizer: torch.optim.Opti
             step=_not_before_the_run,
             optimizer=its,
             clip_norm=config.optim.clip_norm,
-            decays=lambda name, parameter: parameter.dim() >= 2,
+            decays=decays_of(own),
         )
 
     return subject.but(data=view, training=training)

@@ -64,20 +64,13 @@ def resolve(
 
     hints = typing.get_type_hints(cls)
     classes: dict[str, type] = {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name in raw.keys() & (choose or {}).keys():
-        raw[name] = _named_values(raw[name], origins, name)
     for name, chooser in (choose or {}).items():
         try:
-            classes[name], preset = chooser(raw.setdefault(name, {}))
+            classes[name] = _chosen(name, chooser, raw, origins)
         except ConfigError as error:
             problems.append(str(error))
             raw.pop(name, None)
             classes.pop(name)
-            continue
-        for key, value in preset.items():
-            if f"{name}.{key}" not in origins:
-                raw.setdefault(name, {})[key] = value
-                origins[f"{name}.{key}"] = f"{name}.size"
 
     known = [
         f"{name}.{field.name}" for name, section in classes.items() for field in dataclasses.fields(section)
@@ -219,6 +212,20 @@ def _put(
         return
     raw.setdefault(section, {})[key] = value
     origins[path] = where
+
+
+def _chosen(name: str, chooser: Chooser, raw: dict[str, dict[str, Any]], origins: dict[str, str]) -> type:
+    """The class of the section; what its named size stands for goes into `raw`, beside what was given."""
+    given = raw.get(name, {})
+    seen = _named_values(given, origins, name)
+    section, preset = chooser(seen)
+    # As it was given: "none" may be a choice of its own. What the chooser took out of the section is gone.
+    raw[name] = {key: value for key, value in given.items() if key in seen}
+    for key, value in preset.items():
+        if f"{name}.{key}" not in origins:
+            raw[name][key] = value
+            origins[f"{name}.{key}"] = f"{name}.size"
+    return section
 
 
 def _named_values(section: Mapping[str, Any], origins: Mapping[str, str], name: str) -> dict[str, Any]:

@@ -36,9 +36,11 @@ def examine(
     target: Any,
     *,
     data: str | None = None,
+    store: str | None = None,
     suite: str = "full",
     only: Iterable[str] = (),
     watch: Callable[[Finding], object] | None = None,
+    trust_remote_code: bool = False,
     **parts: Any,
 ) -> Examination:
     """Run the checks of a suite ("quick" or "full"), or those named in `only`, on a target.
@@ -46,13 +48,15 @@ def examine(
     target  as on the command line (see this module's text), or an object: Subject, module, Hugging Face model or
             transformers.Trainer, function from tokens [B, T] to logits [B, T, V]
     data    a store folder, in place of the one that the run names
+    store   a knowledge store, in place of the one that a checkpoint was trained with
     watch   called with each finding as it comes
+    trust_remote_code  run the code in a Hugging Face folder whose model is made of such
     parts   further fields of `minilm.Subject`
 
     Raises ConfigError, DataError or CheckpointError for a target that cannot be read.
     """
     chosen = chosen_checks(suite, only)
-    subject = subject_of(target, data=data, **parts)
+    subject = subject_of(target, data=data, store=store, trust_remote_code=trust_remote_code, **parts)
     findings = []
     for finding in run_checks(subject, chosen):
         findings.append(finding)
@@ -69,10 +73,17 @@ def chosen_checks(suite: str, only: Iterable[str]) -> list[Check]:
         raise ConfigError(f"--only: {error}") from error
 
 
-def subject_of(target: Any, *, data: str | None = None, **parts: Any) -> Subject:
+def subject_of(
+    target: Any,
+    *,
+    data: str | None = None,
+    store: str | None = None,
+    trust_remote_code: bool = False,
+    **parts: Any,
+) -> Subject:
     """The subject that a target names."""
     if isinstance(target, str | Path):
-        subject = _named(str(target), data)
+        subject = _named(str(target), data, store, trust_remote_code)
     else:
         from minilm.doctor.targets.foreign import subject_of_object
 
@@ -80,10 +91,13 @@ def subject_of(target: Any, *, data: str | None = None, **parts: Any) -> Subject
     return subject.but(**parts) if parts else subject
 
 
-def _named(text: str, data: str | None) -> Subject:
+def _named(text: str, data: str | None, store: str | None, trust_remote_code: bool) -> Subject:
     from minilm.doctor.targets import foreign, huggingface
 
     path = Path(text)
+    ours = path.is_dir() and not huggingface.is_huggingface_folder(path)
+    if store is not None and not ours:
+        raise ConfigError(f"{text} is no checkpoint, so it reads no knowledge store: leave --store out.")
     if text.startswith("hf:"):
         return huggingface.family_subject(text.removeprefix("hf:"))
     if ":" in text and Path(text.rpartition(":")[0]).suffix == ".py":
@@ -92,16 +106,16 @@ def _named(text: str, data: str | None) -> Subject:
         return _of_settings(path, data)
     if path.is_dir():
         if huggingface.is_huggingface_folder(path):
-            return huggingface.folder_subject(path)
-        return _of_checkpoint(path, data)
+            return huggingface.folder_subject(path, trust_remote_code=trust_remote_code)
+        return _of_checkpoint(path, data, store)
     raise ConfigError(f"{text} is none of these: {FORMS}.")
 
 
-def _of_checkpoint(path: Path, data: str | None) -> Subject:
+def _of_checkpoint(path: Path, data: str | None, store: str | None) -> Subject:
     from minilm.doctor.targets.our_model import model_subject
     from minilm.run import load_checkpoint
 
-    loaded = load_checkpoint(path)
+    loaded = load_checkpoint(path, knowledge=store)
     subject = model_subject(
         loaded.model,
         tokenizer=loaded.tokenizer,
@@ -134,6 +148,7 @@ def _with_surroundings(subject: Subject, config: RunConfig, *, required: bool) -
     """Data and training step of a run; where the store is gone and was not asked for, the model alone."""
     from minilm.data.loader import Loader, open_data
     from minilm.doctor.targets.our_data import data_view
+    from minilm.doctor.targets.our_memory import entries_of
     from minilm.doctor.targets.our_ranks import ranks_of
     from minilm.doctor.targets.our_training import copies_of, training_of
 
@@ -151,8 +166,9 @@ def _with_surroundings(subject: Subject, config: RunConfig, *, required: bool) -
     # Fresh weights are drawn anew for each seed; weights that were trained are where every seed begins.
     make = functools.partial(_drawn, config) if subject.fresh else copies_of(subject.module)
     train = dataclasses.replace(config.train, device="cpu", ranks=None, compile=False)
+    view = data_view(data, batch_rows=size, micro_batch=micro, knowledge=entries_of(subject.module))
     return subject.but(
-        data=data_view(data, batch_rows=size, micro_batch=micro),
+        data=view,
         tokenizer=data.tokenizer,
         training=training_of(make, config.optim, train, num_steps=NUM_STEPS, batches=loader.step),
         ranks=ranks_of(config.data, config.optim, train, make, num_steps=NUM_STEPS),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,7 @@ from minilm.training.lock import locked
 from minilm.training.objective import Objective
 from minilm.training.profile import StepProfiler, Steps
 from minilm.training.trainer import Outcome, Trainer, exit_code
+from minilm.training.usage import Usage
 from minilm.training.watch import LayerNorms, Watcher
 
 SAMPLES = "samples.md"
@@ -106,6 +108,9 @@ def _run(start: Start, profile: Steps | None) -> int:
                 trainer.resume(found)
             elif start.used:  # killed before its first save: the same run from its first step
                 books.log.resume_at(0)
+                books.log.event(
+                    0, "it has no complete checkpoint: begins again with its first step", show=True
+                )
             if source is not None:
                 books.log.event(0, f"begins with the weights of {start.source}", show=True)
             outcome = trainer.run()
@@ -158,6 +163,9 @@ def _observers(
     """The watchers that the settings ask for; the profiler is one of them, on the first rank."""
     config, layout = start.config, start.layout
     watchers: list[Watcher] = [LayerNorms(config.train.norms_every)] if config.train.norms_every else []
+    if config.train.usage_every:
+        told = functools.partial(books.log.event, show=True)
+        watchers.append(Usage(config.train.usage_every, warmup_steps=config.optim.warmup_steps, event=told))
     watch = checked.watch_of(start, books)
     watchers += [watch] if watch is not None else []
     if profile is None or not layout.is_main:

@@ -26,6 +26,7 @@ from minilm.data.store import Store
 from minilm.data.tokenizer import Tokenizer
 from minilm.doctor.settings import DoctorConfig
 from minilm.errors import CheckpointError, ConfigError
+from minilm.knowledge.fit import shape_of
 from minilm.models import folder as model_folder
 from minilm.models.base import ModelConfig
 from minilm.track import TrackConfig
@@ -156,11 +157,16 @@ class Loaded:
 
 
 def load_checkpoint(
-    path: Path | str, *, device: str = "cpu", weights: Literal["last", "ema"] = "last"
+    path: Path | str,
+    *,
+    device: str = "cpu",
+    weights: Literal["last", "ema"] = "last",
+    knowledge: str | None = None,
 ) -> Loaded:
     """The newest undamaged checkpoint of a run folder, or the named one: float32 model in eval mode, tokenizer.
 
-    weights  "last", or "ema": their moving average, which a run with train.ema_decay keeps
+    weights    "last", or "ema": their moving average, which a run with train.ema_decay keeps
+    knowledge  a knowledge store to read in place of the one that it was trained with
     Raises CheckpointError if there is none or it does not fit together.
     """
     found, damaged = checkpoint.find(Path(path))
@@ -169,7 +175,7 @@ def load_checkpoint(
         raise CheckpointError(
             f"The newest checkpoint is damaged: {damaged[0]}. Name an older one, for instance {found.folder}."
         )
-    model = model_folder.load(found.folder, device=device).eval()
+    model = model_folder.load(found.folder, device=device, knowledge=knowledge).eval()
     if weights == "ema":
         load_average_into(model, found.folder)
     has_tokenizer = (found.folder / "tokenizer").is_dir()
@@ -186,8 +192,12 @@ def load_checkpoint(
 
 
 def with_vocabulary(resolved: Resolved[RunConfig], store: Store) -> RunConfig:
-    """The store's vocabulary decides model.vocab_size, unless it was set: then it must be large enough."""
-    config, needed = resolved.value, store.vocab_size
+    """What the data decide of the model, unless it was set: model.vocab_size, which must be large enough.
+
+    A knowledge store (model.store) decides the sizes of its grid in the same way. Raises ConfigError.
+    """
+    config = _with_knowledge(resolved)
+    needed = store.vocab_size
     origin = resolved.origins.get("model.vocab_size", "default")
     if origin in ("default", "model.size"):
         resolved.origins["model.vocab_size"] = "data.store"
@@ -211,3 +221,16 @@ def write_config(config: RunConfig) -> None:
     aside = config.run_folder / f".{CONFIG}"
     aside.write_text(dump(config), encoding="utf-8")
     aside.replace(config.run_folder / CONFIG)
+
+
+def _with_knowledge(resolved: Resolved[RunConfig]) -> RunConfig:
+    config, folder = resolved.value, getattr(resolved.value.model, "store", "")
+    if folder in ("", "random") or not config.model.layers:
+        return config
+    changes = {}
+    for setting, value in shape_of(folder).items():
+        origin = resolved.origins.get(f"model.{setting}", "default")
+        if origin in ("default", "model.size"):
+            resolved.origins[f"model.{setting}"] = "model.store"
+            changes[setting] = value
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))

@@ -16,6 +16,7 @@ from minilm.config import flatten
 from minilm.data.loader import Data, Loader
 from minilm.effect import without_effect
 from minilm.errors import CheckpointError, ConfigError, OutOfMemory
+from minilm.knowledge.fit import refuse_misfit
 from minilm.run import CONFIG, RunConfig, load_config
 from minilm.training import checkpoint
 from minilm.training.layout import Layout
@@ -82,6 +83,9 @@ def begin(
 
     Raises ConfigError, DataError or CheckpointError.
     """
+    folder = getattr(config.model, "store", "")
+    if folder not in ("", "random") and config.model.layers:
+        refuse_misfit(folder, data.train.store)
     used, found = _place(config, resume, layout)
     loader = Loader(
         data.train,

@@ -34,6 +34,7 @@ class Case:
     vocabulary: int
     width: int = 3
     seed: int = 0
+    entries: list[list[int]] | None = None  # [B][T] row of the knowledge source for each token, -1 for none
     table: list[list[float]] = field(init=False)  # [V, D] what a token brings to its hidden state
     drift: list[list[float]] = field(init=False)  # [T, D] what its position brings
     head: list[list[float]] = field(init=False)  # [V, D]
@@ -57,6 +58,7 @@ class Expected:
     inputs: list[list[int]]
     positions: list[list[int]]
     targets: list[list[int | None]]  # None: not a target
+    entries: list[list[int]]
     nll: list[list[float]]
     d_hidden: list[list[list[float]]]
     d_head: list[list[float]]
@@ -69,10 +71,11 @@ def expected(case: Case) -> Expected:
     """The double loop: token j of a row is predicted from token j - 1, if both are of one document."""
     width, vocabulary = range(case.width), range(case.vocabulary)
     d_head = [[0.0] * case.width for _ in vocabulary]
-    result = Expected([], [], [], [], [], d_head, 0.0, 0, 0.0)
+    result = Expected([], [], [], [], [], [], d_head, 0.0, 0, 0.0)
     for b, row in enumerate(case.tokens):
         document = case.segments[b]
         position, inputs, positions, targets, nll, d_hidden = 0, [], [], [], [], []
+        entries = []
         for j in range(len(row)):
             if j > 0:
                 position = position + 1 if document[j] == document[j - 1] else 0
@@ -85,6 +88,7 @@ def expected(case: Case) -> Expected:
             wanted = wanted and (case.learn is None or case.learn[b][j + 1])
             if not wanted:
                 targets.append(None)
+                entries.append(-1)
                 nll.append(0.0)
                 d_hidden.append([0.0] * case.width)
                 continue
@@ -95,6 +99,7 @@ def expected(case: Case) -> Expected:
             log_z = top + math.log(math.fsum(math.exp(x - top) for x in logits))
             error = [math.exp(logits[v] - log_z) - (v == target) for v in vocabulary]
             targets.append(target)
+            entries.append(-1 if case.entries is None else case.entries[b][j + 1])
             nll.append(log_z - logits[target])
             d_hidden.append([math.fsum(error[v] * case.head[v][d] for v in vocabulary) for d in width])
             for v in vocabulary:
@@ -105,6 +110,7 @@ def expected(case: Case) -> Expected:
         result.inputs.append(inputs)
         result.positions.append(positions)
         result.targets.append(targets)
+        result.entries.append(entries)
         result.nll.append(nll)
         result.d_hidden.append(d_hidden)
     result.nats = math.fsum(x for row in result.nll for x in row)
@@ -132,7 +138,10 @@ def random_case(dice: random.Random, name: str) -> Case:
     if dice.random() < 0.7:
         share = dice.choice([0.2, 0.5, 0.9])
         learn = [[dice.random() < share for _ in range(length)] for _ in range(num_rows)]
-    return Case(name, tokens, segments, learn, vocabulary, seed=dice.randrange(10**6))
+    entries = None
+    if dice.random() < 0.7:  # also at padding and at the first token of a document, where they must vanish
+        entries = [[dice.randint(-1, 40) for _ in range(length)] for _ in range(num_rows)]
+    return Case(name, tokens, segments, learn, vocabulary, seed=dice.randrange(10**6), entries=entries)
 
 
 def cases() -> list[Case]:
@@ -196,7 +205,8 @@ def model(case: Case, batch: Any) -> tuple[Tensor, Tensor]:
 def align_case(module: ModuleType | Any, case: Case) -> Any:
     """The batch that a module makes of a case."""
     learn = None if case.learn is None else torch.tensor(case.learn, dtype=torch.bool)
-    return module.align(torch.tensor(case.tokens), torch.tensor(case.segments), learn)
+    entries = None if case.entries is None else torch.tensor(case.entries)
+    return module.align(torch.tensor(case.tokens), torch.tensor(case.segments), learn, entries)
 
 
 def _compare(module: Any, case: Case, want: Expected) -> str | None:
@@ -243,6 +253,10 @@ def _compare_fields(batch: Any, case: Case, want: Expected) -> str | None:
     weights = [[float(target is not None) for target in row] for row in want.targets]
     if batch.weights.tolist() != weights:
         return f"weights are {batch.weights.tolist()}, not {weights}"
+    if (batch.entries is None) != (case.entries is None):
+        return f"entries are {batch.entries}, those of the tokens are {case.entries}"
+    if batch.entries is not None and batch.entries.tolist() != want.entries:
+        return f"entries are {batch.entries.tolist()}, not {want.entries}"
     targets = [
         [got if target is not None else None for got, target in zip(*rows, strict=True)]
         for rows in zip(batch.targets.tolist(), want.targets, strict=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from minilm.data import store as stores
-from minilm.data.encoding import Output
+from minilm.data.output import Output
 from minilm.data.store import Store
 from minilm.data.tokenizer import Tokenizer
 

@@ -59,6 +59,7 @@ FLOORS = {
     "config": 1,
     "processes": 1,
     "data": 2,
+    "knowledge": 2,
     "models": 2,
     "training": 3,
     "evaluation": 3,
@@ -77,6 +78,7 @@ FLOORS = {
             "effect",
             "start",
             "launch",
+            "export",
             "cli",
             "__main__",
             "__init__",
@@ -96,6 +98,16 @@ STRANGERS = {  # rooms that may not know each other although their floors would 
 
 def imported_rooms(file: File) -> Iterator[tuple[int, str]]:
     """(line, room) of every import of a part of minilm or of an entry point, wherever it stands."""
+    for line, name in _imported_names(file):
+        room, *rest = name.split(".")
+        if room == "minilm" and rest and not rest[0].startswith("__version"):
+            yield line, rest[0]
+        elif name in ("train", "eval"):
+            yield line, name
+
+
+def _imported_names(file: File) -> Iterator[tuple[int, str]]:
+    """(line, dotted name of the module) of every import; of `from minilm import x` it is minilm.x."""
     package = Path(file.path).with_suffix("").parts[:-1]
     for node in ast.walk(file.tree):
         names: list[str] = []
@@ -104,16 +116,13 @@ def imported_rooms(file: File) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(part for part in (base, node.module) if part)
-            names = [f"{module}.{a.name}" for a in node.names] if module == "minilm" else [module]
+            packages = ("minilm", "minilm.knowledge")
+            names = [f"{module}.{a.name}" for a in node.names] if module in packages else [module]
         elif isinstance(node, ast.Call) and _called(node) in ("import_module", "__import__") and node.args:
             first = node.args[0]
             names = [first.value] if isinstance(first, ast.Constant) and isinstance(first.value, str) else []
         for name in names:
-            room, *rest = name.split(".")
-            if room == "minilm" and rest and not rest[0].startswith("__version"):
-                yield node.lineno, rest[0]
-            elif name in ("train", "eval"):
-                yield node.lineno, name
+            yield node.lineno, name
 
 
 def imports_go_down_only(file: File) -> Iterator[Place]:
@@ -132,6 +141,24 @@ def imports_go_down_only(file: File) -> Iterator[Place]:
             yield line, f"{file.room} imports {room}, which stands above it"
         elif frozenset({room, file.room}) in STRANGERS:
             yield line, f"{file.room} imports {room}: they do not know each other"
+
+
+READING_SIDE = {f"minilm.knowledge.{name}" for name in ("store", "codes", "layout")}
+
+
+def models_read_a_store_without_the_data(file: File) -> Iterator[Place]:
+    """models and data do not know each other, so what models import of the knowledge store may not know data."""
+    module = file.path.removesuffix(".py").replace("/", ".")
+    if module in READING_SIDE:
+        allowed, reader = READING_SIDE | {"minilm.errors"}, "the reading side of the store"
+    elif file.path.startswith("minilm/models/"):
+        allowed, reader = READING_SIDE, "models"
+    else:
+        return
+    for line, name in _imported_names(file):
+        inside = name.startswith("minilm." if module in READING_SIDE else "minilm.knowledge")
+        if inside and not any(f"{name}.".startswith(f"{one}.") for one in allowed):
+            yield line, f"{reader} imports {name}"
 
 
 # ---------------------------------------------------------------- one alignment layer
@@ -388,6 +415,7 @@ def _asserts(function: ast.AST, others: set[str]) -> bool:
 
 RULES: list[Callable[[File], Iterator[Place]]] = [
     imports_go_down_only,
+    models_read_a_store_without_the_data,
     losses_are_made_in_alignment_only,
     no_exception_is_swallowed,
     nothing_is_loaded_loosely,

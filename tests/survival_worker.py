@@ -1,10 +1,11 @@
 """train.py with an accident planned in: run by the tests of survival, alone or by accelerate.
 
-    survival_worker.py '{"step": 4, "rank": 1, "what": "loss"}' [arguments of train.py]
+    survival_worker.py '[{"step": 4, "rank": 1, "what": "loss"}]' [arguments of train.py]
 
 what: loss (the hidden states of that step are infinite), gradient (nan, under a finite loss), die (kill -9 in the
 step), infinite loss over a finite gradient (loss only), memory (there is none for the step), disk (from then on it is
 full when a checkpoint is sealed)
+after: a file that the accident waits for; a checkpoint that is being written in the background has its own pace
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -26,6 +28,15 @@ from minilm.training import checkpoint, step, trainer
 
 def full_disk(folder):
     raise OSError(28, "No space left on device")
+
+
+def wait_for(file):
+    """Until it is there; nobody hears of it, so a limit that is far from every honest wait."""
+    deadline = time.monotonic() + 60
+    while not Path(file).is_file():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{file} did not appear")
+        time.sleep(0.01)
 
 
 def infinite(forward):
@@ -48,6 +59,8 @@ def plan(accidents):
         for accident in accidents:
             if len(taken) != accident["step"] or layout.rank != accident["rank"]:
                 continue
+            if "after" in accident:
+                wait_for(accident["after"])
             if accident["what"] == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif accident["what"] == "memory":

@@ -20,6 +20,7 @@ SOURCE = Path(minilm.alignment.__file__).read_text(encoding="utf-8")
 
 ADD = "return Sum(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)"
 SUPERVISED = "counts = (source == target) & (target > 0)"
+ENTRIES = "torch.where(counts, entries[:, 1:].long(), -1)"
 RESTART = "return torch.where(segments > 0, index - first, 0)"
 
 PLANTS = {
@@ -37,6 +38,19 @@ PLANTS = {
         "counts & learn[:, 1:]",
         "counts & (learn[:, 1:] | learn[:, :-1])",
     ),
+    "entries left unshifted": (ENTRIES, ENTRIES.replace("[:, 1:]", "[:, :-1]")),
+    "entries shifted twice": (ENTRIES, ENTRIES.replace("[:, 1:]", "[:, 1:].roll(-1, 1)")),
+    "entries kept where nothing counts": (ENTRIES, "entries[:, 1:].long()"),
+    "entries kept where the prediction crosses a document border": (
+        ENTRIES,
+        ENTRIES.replace("torch.where(counts", "torch.where(target > 0"),
+    ),
+    "entries kept for tokens that are not learnt": (
+        ENTRIES,
+        ENTRIES.replace("torch.where(counts", "torch.where((source == target) & (target > 0)"),
+    ),
+    "no entry is entry 0": (ENTRIES, ENTRIES.replace("-1)", "0)")),
+    "entries dropped": (f"None if entries is None else {ENTRIES}", "None"),
     "PAD counted": (SUPERVISED, "counts = source == target"),
     "PAD counted everywhere": (SUPERVISED, "counts = source >= 0"),
     "first PAD after a document counted": (

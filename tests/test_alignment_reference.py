@@ -42,7 +42,9 @@ def any_case(draw: st.DrawFn) -> Case:
         segments.append(document)
     masks = st.lists(st.booleans(), min_size=length, max_size=length)
     learn = draw(st.none() | st.lists(masks, min_size=num_rows, max_size=num_rows))
-    return Case("drawn", tokens, segments, learn, vocabulary, seed=draw(st.integers(0, 999)))
+    sources = st.lists(st.integers(-1, 9), min_size=length, max_size=length)
+    entries = draw(st.none() | st.lists(sources, min_size=num_rows, max_size=num_rows))
+    return Case("drawn", tokens, segments, learn, vocabulary, seed=draw(st.integers(0, 999)), entries=entries)
 
 
 @settings(deadline=None, max_examples=150)

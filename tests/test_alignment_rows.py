@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -117,6 +119,51 @@ def test_fields_of_a_batch_have_one_shape() -> None:
     batch = align(*random_rows(2, 5, 7))
     with pytest.raises(DataError, match="one shape"):
         Batch(batch.inputs, batch.segments, batch.positions, batch.targets, batch.weights[:, :1])
+
+
+def test_entries_stand_where_their_token_is_predicted() -> None:
+    """By hand: the entry of a first token, of padding and of an unlearnt token belongs to no prediction."""
+    tokens = torch.tensor([[1, 5, 6, 2, 1, 7, 0]])
+    segments = torch.tensor([[1, 1, 1, 1, 2, 2, 0]])
+    entries = torch.tensor([[9, -1, 4, 4, 8, 0, 3]], dtype=torch.int32)
+    batch = align(tokens, segments, None, entries)
+    assert batch.entries is not None and batch.entries.dtype == torch.int64
+    #                                 5   6  2  |    7  pad
+    assert batch.entries.tolist() == [[-1, 4, 4, -1, 0, -1]]
+    learn = torch.tensor([[True, True, False, True, True, True, True]])
+    learnt = align(tokens, segments, learn, entries).entries
+    assert learnt is not None and learnt.tolist() == [[-1, -1, 4, -1, 0, -1]]
+    assert align(tokens, segments).entries is None
+
+
+def test_parts_and_copies_of_a_batch_keep_its_entries() -> None:
+    tokens, segments = random_rows(3, 5, 7)
+    batch = align(tokens, segments, None, torch.arange(18).view(3, 6))
+    assert batch.entries is not None
+    part, copy = batch.rows(1, 3), batch.to("cpu")
+    assert part.entries is not None and torch.equal(part.entries, batch.entries[1:3])
+    assert copy.entries is not None and torch.equal(copy.entries, batch.entries)
+    plain = align(tokens, segments)
+    assert plain.rows(0, 1).entries is None and plain.to("cpu").entries is None
+    batch.entries[0] = 5  # a batch owns its fields
+    assert part.entries is not None and torch.equal(part.entries, batch.rows(1, 3).entries)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (torch.zeros(2, 5, dtype=torch.long), "entries has shape"),
+        (torch.zeros(2, 6), "entries must be integers"),
+        (torch.zeros(2, 6, dtype=torch.bool), "entries must be integers"),
+        (torch.full((2, 6), -100), "entries has the value -100"),
+    ],
+)
+def test_entries_that_do_not_fit_are_refused(entries: Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        align(*random_rows(2, 5, 7), None, entries)
+    batch = align(*random_rows(2, 5, 7))
+    with pytest.raises(DataError, match="one shape"):
+        dataclasses.replace(batch, entries=torch.zeros(2, 1, dtype=torch.long))
 
 
 def test_logits_and_hidden_states_of_another_shape_are_refused() -> None:

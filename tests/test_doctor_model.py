@@ -38,6 +38,7 @@ from minilm.doctor.checks import (
     statelessness,
     ties,
     token_identity,
+    token_uniformity,
 )
 from minilm.doctor.core import Check, Finding, run_checks
 from minilm.doctor.subject import Subject
@@ -64,7 +65,7 @@ MODULES = (
         reference,
         residuals,
     ),
-    *(statelessness, ties, token_identity, float32_kept),
+    *(statelessness, ties, token_identity, token_uniformity, float32_kept),
 )
 CHECKS = [value for module in MODULES for value in vars(module).values() if isinstance(value, Check)]
 LACKING = ("needs ", "no parameter of it is shared")  # honest reasons not to run

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 import minilm
+from minilm.doctor import core
 from minilm.doctor.checks import entropy_floor
-from minilm.doctor.subject import Subject
+from minilm.doctor.stepping import logits_of
+from minilm.doctor.subject import Rows, Subject
 from minilm.doctor.targets.hf_trainer import trainer_subject
 
 transformers = pytest.importorskip("transformers")
@@ -125,6 +127,27 @@ def test_examining_changes_nothing(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state()) and trainer.args.to_dict() == given
     assert trainer.optimizer is None and trainer.state.global_step == 0 and not list(tmp_path.iterdir())
+
+
+def test_packed_rows_are_not_run_with_the_reason(tmp_path: Any) -> None:
+    @core.check(group="training", needs=("training",), cost="nothing")
+    def packed_loss(examined: Subject) -> core.Finding:
+        """Why: -. How: -. Cannot see: -. Sources: -."""
+        assert examined.training is not None
+        tokens, segments = (
+            torch.arange(3, 15).view(2, 6),
+            torch.tensor([[1, 1, 1, 2, 2, 0], [4, 4, 4, 4, 4, 4]]),
+        )
+        rows = Rows(tokens, segments, torch.ones_like(segments, dtype=torch.bool))
+        logits_of(examined.training(), rows.take([1]))  # one document, whatever its number
+        logits_of(examined.training(), rows)
+        raise AssertionError("a row of two documents was taken for one")
+
+    said = packed_loss(subject(tmp_path, llama()))
+    assert (said.status, said.message) == (
+        "NOT RUN",
+        "packed rows: a Trainer gives its model no document borders",
+    )
 
 
 def test_a_slow_set_up_is_given_a_limited_time(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

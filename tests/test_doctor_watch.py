@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ from data_stores import store_of
 from training_runs import SETTINGS, VOCAB, final_weights, flags, launched, make_store, records, run_here
 
 from minilm.alignment import Batch
+from minilm.doctor import watch
+from minilm.doctor.core import Finding, passed
 from minilm.doctor.watch import Watch
 from minilm.errors import CheckFailed
 from minilm.models.attention import Plan
@@ -53,27 +57,75 @@ def test_dropout_and_packed_rows_raise_no_alarm(store: Path, tmp_path: Path) -> 
     assert records(run, "doctor") and not failures(run)
 
 
-def test_a_look_takes_its_share_of_the_time_and_no_more() -> None:
-    watch = Watch(
-        planned_rates=lambda _: {}, precision="fp32", has_dropout=False, steps_per_epoch=10,
-        report=lambda *_: None, note=lambda *_: None, share=0.01,
-    )  # fmt: skip
+class Clocked:
+    """A watch over steps of `step_seconds` each, in which looks and the work at every step take as long as is said."""
 
-    class View:
-        step = 100
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *, step_seconds: float, look: float, standing: float = 0.0
+    ):
+        self.now, self.step_seconds, self.look, self.standing = 100.0, step_seconds, look, standing
+        self.notes: dict[int, float] = {}  # step of a look -> share of time, counted here
+        self.watching = 0.0
+        monkeypatch.setattr(watch.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(watch, "_modes", self._costs_its_time)
+        self.watch = Watch(
+            planned_rates=lambda _: {}, precision="fp32", has_dropout=True, steps_per_epoch=10**6,
+            report=lambda *_: None, note=lambda number, _: self.notes.update({number: 0.0}), share=0.01,
+        )  # fmt: skip
+        for name in ("_frame", "_random_floor"):
+            monkeypatch.setattr(watch, name, lambda _: passed("healthy", 0, 0, check="x"))
+        monkeypatch.setattr(self.watch, "_gradients", lambda _: passed("healthy", 0, 0, check="y"))
 
-        class layout:
-            world_size = 1
+    def _costs_its_time(self, _: Any) -> Finding:
+        taken = self.standing + (self.look if self.watch._looking else 0.0)
+        self.now, self.watching = self.now + taken, self.watching + taken
+        return passed("healthy", 0, 0, check="z")
 
-            @staticmethod
-            def all_reduce(values: list[float]) -> list[float]:
-                return values
+    def train(self, first: int, last: int) -> None:
+        view = SimpleNamespace(
+            model=None, micro_batches=[], layout=SimpleNamespace(
+                world_size=1, all_reduce=lambda values: values, autocast=contextlib.nullcontext
+            )
+        )  # fmt: skip
+        begun = self.now
+        for number in range(first, last + 1):
+            view.step = number
+            assert self.watch.wants(number)
+            self.watch.before_update(view)  # type: ignore[arg-type]
+            self.now += self.step_seconds
+            self.watch.after_step(view, {})  # type: ignore[arg-type]
+            if number in self.notes:
+                self.notes[number] = self.watching / (self.now - begun)
 
-    import time
 
-    watch.seconds, watch._begun = 1.0, time.perf_counter() - 10.0  # 100 steps in 10 s, 1 s of looking: 10 %
-    interval = watch._interval(0.5, View())  # type: ignore[arg-type]
-    assert 890 <= interval <= 900  # at 0.1 s a step, 1 s is 1 % after 1000 steps
+@pytest.mark.parametrize("first", [1, 501], ids=["from the start", "resumed"])
+def test_looks_keep_their_share_of_the_time_from_the_first_one_on(
+    monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    clocked = Clocked(monkeypatch, step_seconds=0.33, look=0.36)
+    clocked.train(first, first + 1999)
+    steps = [step - first + 1 for step in clocked.notes]
+    assert steps[0] == 150  # 1.5 / 0.01, whatever the clock says
+    assert all(share <= 0.0101 for share in clocked.notes.values()), clocked.notes
+    # None is missing: 0.36 s are 1 % of 36 s, which is 109 steps.
+    assert len(steps) == pytest.approx(2000 / 109, abs=1.5)
+    assert all(share >= 0.0095 for share in list(clocked.notes.values())[1:])
+
+
+def test_what_the_watch_does_at_every_step_is_part_of_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocked = Clocked(monkeypatch, step_seconds=0.33, look=0.36, standing=0.0015)  # alone 0.45 %
+    clocked.train(1, 3000)
+    first, *others = clocked.notes.values()
+    assert first == pytest.approx(0.36 / (150 * 0.33) + 0.0045, abs=1e-3)  # not foreseen in the number 150
+    assert len(others) > 10 and all(share <= 0.0101 for share in others)
+
+
+def test_where_every_step_alone_costs_more_than_the_share_looks_become_rare_and_do_not_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clocked = Clocked(monkeypatch, step_seconds=0.01, look=0.01, standing=0.0005)
+    clocked.train(1, 20_000)
+    assert 1 < len(clocked.notes) < 20
 
 
 def _scaled_log(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,8 +159,8 @@ def _shifted_targets(monkeypatch: pytest.MonkeyPatch) -> None:
 
     true = loader.align
 
-    def unshifted(*args: Any) -> Batch:
-        batch = true(*args)
+    def unshifted(*given: Any, **more: Any) -> Batch:
+        batch = true(*given, **more)
         return dataclasses.replace(batch, targets=batch.inputs.clone())
 
     monkeypatch.setattr(loader, "align", unshifted)

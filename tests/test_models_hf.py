@@ -128,20 +128,111 @@ def test_the_dtype_is_kept(tied):
     assert {p.dtype for p in from_hf(theirs).parameters()} == {torch.bfloat16}
 
 
-def test_what_original_does_not_have_is_refused_by_name():
-    theirs = llama(attention_bias=True, hidden_act="gelu")
-    with pytest.raises(
-        CheckpointError, match=r"(?s)2 problems.*hidden_act is 'gelu'.*attention_bias is True"
-    ):
-        from_hf(theirs)
-    stretched = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}
-    with pytest.raises(CheckpointError, match="rope_type is 'linear'"):
-        from_hf(llama(rope_parameters=stretched))
-    with pytest.raises(CheckpointError, match="head_dim is 32"):
-        from_hf(llama(head_dim=32))
+SMALL = {
+    "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 96, "max_position_embeddings": 64, "head_dim": 16, "initializer_range": 0.1,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def family(name: str, **changes) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name, **{**SMALL, **changes})
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+# Families that are a Llama under these settings.
+ALIKE = {"mistral": {"sliding_window": None}, "granite": {"attention_multiplier": 16**-0.5}}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_other_families_that_compute_the_same_come_in(name, tmp_path):
+    theirs = family(name, **ALIKE[name])
+    theirs.save_pretrained(tmp_path)
+    ids = torch.randint(0, 97, (2, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(from_hf(tmp_path)(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("mistral", {"sliding_window": 16}, ["sliding_window is 16"]),
+        ("qwen2", {}, ["self_attn.q_proj.bias (2) has no place", "self_attn.k_proj.bias", "self_attn.v_proj.bias"]),
+        ("qwen3", {}, ["self_attn.q_norm.weight (2) has no place", "self_attn.k_norm.weight"]),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "attention_dropout": 0.1},
+            ["layers of sliding_attention", "sliding_window is 16", "attention_dropout is 0.1", "q_proj.bias"],
+        ),
+        ("granite", {"attention_multiplier": 0.3}, ["its logits differ by"]),
+        ("granite", {"attention_multiplier": 0.25, "logits_scaling": 1.1}, ["its logits differ by"]),
+        ("helium", {}, ["its logits differ by"]),  # rotates neighbours, under the names of a Llama
+        ("gemma", {}, ["hidden_act is 'gelu_pytorch_tanh'"]),
+        (
+            "llama",
+            {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", "head_dim": 32},
+            ["hidden_act is 'gelu'", "attention_bias is True", "mlp_bias is True", "head_dim is 32; original has 16"],
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}},
+            ["rope_type is 'linear'"],
+        ),
+        ("phi3", {}, ["weight model.layers.*.mlp.gate_up_proj.weight (2) has no place", "there is no weight"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)  # fmt: skip
+def test_what_original_does_not_have_is_refused_all_of_it(name, changes, said):
+    with pytest.raises(CheckpointError) as refused:
+        from_hf(family(name, **changes))
+    text = str(refused.value)
+    assert [part for part in said if part not in text] == []
+
+
+def test_a_model_of_another_kind_is_refused():
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=97, n_positions=32))
-    with pytest.raises(CheckpointError, match="model_type is 'gpt2'"):
+    with pytest.raises(CheckpointError) as refused:
         from_hf(gpt2)
+    for part in (
+        "gpt2 model",
+        "no setting intermediate_size",
+        "no rotary positions",
+        "transformer.wpe.weight has no",
+    ):
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trips_change_no_bit(tied, dtype, tmp_path):
+    """Ours -> folder -> ours, and theirs -> ours -> folder -> theirs."""
+    model = ours(tie_embeddings=tied).to(dtype)
+    to_hf(model).save_pretrained(tmp_path / "a")
+    again = from_hf(tmp_path / "a")
+    assert {**vars(again.config), "init_std": 0} == {**vars(model.config), "init_std": 0}
+    for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert p.dtype == q.dtype and torch.equal(p, q), name
+    theirs = llama(tie_word_embeddings=tied).to(dtype)
+    to_hf(from_hf(theirs)).save_pretrained(tmp_path / "b")
+    back = LlamaForCausalLM.from_pretrained(tmp_path / "b").state_dict()
+    for name, value in theirs.state_dict().items():
+        assert value.dtype == back[name].dtype and torch.equal(value, back[name]), name
+
+
+def test_a_deep_model_in_bfloat16_is_no_other_model():
+    """Its logits differ by most of their spread from rounding alone; they are compared in float32."""
+    model = ours(num_layers=16, init_std=0.2).to(torch.bfloat16)
+    again = from_hf(to_hf(model))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    with pytest.raises(CheckpointError, match="its logits differ by"):
+        from_hf(family("granite", attention_multiplier=0.3).to(torch.bfloat16))
+
+
+def test_settings_without_weights_can_be_changed_on_the_way_in():
+    got = from_hf(llama(), max_length=32, dropout=0.1, attention="eager")
+    assert (got.config.max_length, got.config.dropout, got.config.attention) == (32, 0.1, "eager")
+    assert got.rotary.cos.shape[0] == 32
 
 
 def test_a_folder_that_is_none_or_lacks_weights_is_refused(tmp_path):

@@ -17,7 +17,7 @@ from minilm.doctor.checks.routing import routing
 from minilm.doctor.targets.our_model import config_subject
 from minilm.doctor.targets.our_router import router_view
 from minilm.errors import ConfigError
-from minilm.models.moe import Experts, MoEConfig, balance, predicting, router_z
+from minilm.models.moe import Experts, MoEConfig, at_once, balance, one_by_one, predicting, router_z
 from minilm.training.passing import arrange
 
 # ---- counts
@@ -261,6 +261,27 @@ def test_experts_are_their_formula_token_by_token_with_gradients(top_k, shared):
         torch.testing.assert_close(zero if a is None else a, zero if b is None else b)
 
 
+@pytest.mark.parametrize("crowd", [False, True])
+def test_the_product_over_all_groups_is_the_loop_over_experts_with_gradients(crowd):
+    """torch has it for a CPU in float32: in its own loop, behind the same call."""
+    torch.manual_seed(0)
+    layer = Experts(models.preset("moe", "tiny", num_experts=6, top_k=2))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = (
+        torch.randn(1 if crowd else 40, 32).expand(40, 32).contiguous()
+    )  # a crowd leaves experts without a token
+    order, ends = layer.groups(layer.route(layer.logits(x))[0])
+    assert ends.dtype == torch.int32 and (len(ends.unique()) < 6) == crowd
+    probe, found = torch.randn(80, 32), []
+    for through in (one_by_one, at_once):
+        inputs = [x.repeat_interleave(2, dim=0)[order].requires_grad_(), layer.gate, layer.up, layer.down]
+        out = through(inputs[0], ends, *inputs[1:])
+        found.append((out, *torch.autograd.grad((out * probe).sum(), inputs)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_no_token_is_dropped_when_all_want_one_expert():
     layer = experts(top_k=1)
     x = torch.randn(1, 1, 8, dtype=torch.float64) + 0.01 * torch.randn(1, 50, 8, dtype=torch.float64)
@@ -314,22 +335,25 @@ def test_routing_is_in_float32_under_autocast_and_in_16_bit_models():
 
 
 def balance_in_loops(logits: Tensor, keep: Tensor, top_k: int) -> Tensor:
-    kept = [logits[i] for i in range(len(logits)) if keep[i]]
+    """Rows [B, L, experts]: each row's own unevenness, as often as it has tokens that count."""
     total = logits.new_zeros(())
-    for e in range(logits.shape[1]):
-        votes = sum(e in sorted(range(len(t)), key=lambda n: -t[n].item())[:top_k] for t in kept)
-        mean = sum(t.exp()[e] / t.exp().sum() for t in kept) / len(kept)
-        total = total + votes / (top_k * len(kept)) * mean
-    return logits.shape[1] * total
+    for row, row_keep in zip(logits, keep, strict=True):
+        kept = [row[i] for i in range(len(row)) if row_keep[i]]
+        for e in range(logits.shape[-1]) if kept else ():
+            votes = sum(e in sorted(range(len(t)), key=lambda n: -t[n].item())[:top_k] for t in kept)
+            mean = sum(t.exp()[e] / t.exp().sum() for t in kept) / len(kept)
+            total = total + logits.shape[-1] * votes / (top_k * len(kept)) * mean * len(kept)
+    return total / keep.sum()
 
 
 def test_balance_and_z_are_their_formulas_with_gradients():
     generator = torch.Generator().manual_seed(1)
-    layers = [torch.randn(9, 5, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3)]
-    keep = torch.tensor([True] * 4 + [False] * 2 + [True] * 3)
+    shape = 3, 6, 5
+    layers = [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3)]
+    keep = torch.tensor([[True] * 6, [True, True, False, False, True, False], [False] * 6])
     want = sum(balance_in_loops(logits, keep, 2) for logits in layers) / 3
     squares = [torch.log(t.exp().sum()) ** 2 for logits in layers for t in logits[keep]]
-    for got, wanted in ((balance(layers, keep, 2), want), (router_z(layers, keep), sum(squares) / 21)):
+    for got, wanted in ((balance(layers, keep, 2), want), (router_z(layers, keep), sum(squares) / 27)):
         torch.testing.assert_close(got, wanted)
         for a, b in zip(torch.autograd.grad(got, layers), torch.autograd.grad(wanted, layers), strict=True):
             torch.testing.assert_close(a, b)
@@ -340,12 +364,12 @@ def test_balance_and_z_are_their_formulas_with_gradients():
 
 def test_balance_is_one_when_even_and_experts_over_k_when_collapsed():
     turns = torch.arange(8)[:, None] % 4
-    even = torch.zeros(8, 4).scatter(1, turns, 1.0)
-    keep = torch.ones(8, dtype=torch.bool)
+    even = torch.zeros(8, 4).scatter(1, turns, 1.0).unsqueeze(0)
+    keep = torch.ones(1, 8, dtype=torch.bool)
     assert balance([even], keep, 1) == pytest.approx(1.0, abs=1e-6)
-    collapsed = torch.tensor([[50.0, 49.99, 0.0, 0.0]]).expand(8, 4)
+    collapsed = torch.tensor([[50.0, 49.99, 0.0, 0.0]]).expand(1, 8, 4)
     assert balance([collapsed], keep, 2) == pytest.approx(2.0, abs=1e-5)  # 4 experts / top 2
-    assert balance([collapsed, collapsed.roll(1, 1)], keep, 2) == pytest.approx(2.0, abs=1e-5)
+    assert balance([collapsed, collapsed.roll(1, 2)], keep, 2) == pytest.approx(2.0, abs=1e-5)
 
 
 def test_auxiliary_losses_are_weighted_and_know_nothing_of_padding():
@@ -356,9 +380,9 @@ def test_auxiliary_losses_are_weighted_and_know_nothing_of_padding():
     assert set(first.auxiliary) == {"balance", "router_z"}
     logits = []
     for block in model.blocks:
-        block.ffn.register_forward_hook(lambda module, args, out: logits.append(out[1].flatten(0, 1)))
+        block.ffn.register_forward_hook(lambda module, args, out: logits.append(out[1]))
     assert torch.equal(model(ids).auxiliary["balance"], first.auxiliary["balance"])
-    every = torch.ones(20, dtype=torch.bool)
+    every = torch.ones(2, 10, dtype=torch.bool)
     want = sum(balance_in_loops(layer, every, 2) for layer in logits) / 2
     torch.testing.assert_close(first.auxiliary["balance"], 0.3 * want)
     torch.testing.assert_close(first.auxiliary["router_z"], 0.2 * router_z(logits, every))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from training_runs import SETTINGS, column, final_weights, flags, launched, make_store, run_here
+from training_runs import SETTINGS, column, final_weights, flags, launched, make_store, records, run_here
 
 from minilm.run import load_checkpoint
 from minilm.training import trainer
@@ -76,12 +76,17 @@ def test_a_mixture_that_died_continues_bit_for_bit(optimizer, tmp_path, store, m
 @pytest.mark.xdist_group("two ranks")
 @pytest.mark.parametrize("launcher", ["cpu2_zero2.yaml"])
 def test_a_mixture_on_two_ranks_is_one_process(launcher, tmp_path, store):
-    """With more experts than tokens can fill, so that some have no token on a rank. Balance is by micro-batch."""
-    sparse = {"model__num_experts": 32, "model__balance_weight": 0.0, "model__router_z_weight": 0.0}
+    """With more experts than tokens can fill, so that some have no token on a rank."""
+    sparse = {"model__num_experts": 32, "model__balance_weight": 0.1, "train__usage_every": 1}
     settings = of("moe", **sparse) | {"train__micro_batch": 1}
     alone = run_here(tmp_path, store, name="alone", **settings)
     spread = SETTINGS | {"data.store": store, "run.folder": tmp_path, "run.name": "two", "train.ranks": 2}
     spread |= {key.replace("__", "."): value for key, value in settings.items()}
     result = launched(flags(spread), launcher=launcher)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert column(tmp_path / "two", "loss") == pytest.approx(column(alone, "loss"), rel=1e-4)
+    for name in ("loss", "auxiliary/balance", "auxiliary/router_z", "uniformity/cosine"):
+        assert column(tmp_path / "two", name) == pytest.approx(column(alone, name), rel=1e-4, abs=1e-5), name
+    first, same = records(tmp_path / "two")[0], records(alone)[0]
+    shares = {name: value for name, value in same.items() if name.startswith("usage/")}
+    assert len(shares) == 2 * (32 + 2)
+    assert {name: first[name] for name in shares} == pytest.approx(shares, rel=1e-6)

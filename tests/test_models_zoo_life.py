@@ -58,9 +58,10 @@ def test_initialise_reaches_every_parameter(name):
 @every_model
 def test_freshly_drawn_matrices_have_the_spread_of_the_config(name):
     """init-wrong-scale, init-rescale-noop."""
-    model = tiny(name, init_std=0.02, dim=64, hidden_dim=128)
+    model = models.build(models.preset(name, "tiny", init_std=0.02, dim=64, hidden_dim=128))
     for parameter_name, p in model.named_parameters():
-        if p.dim() == 2:
+        made_from_the_store = parameter_name.endswith("retriever.from_code")
+        if p.dim() == 2 and p.any() and not made_from_the_store:
             assert p.std().item() == pytest.approx(0.02, rel=0.06), parameter_name
             assert abs(p.mean().item()) < 4 * 0.02 / math.sqrt(p.numel()), parameter_name
 
@@ -222,8 +223,8 @@ def test_the_rotary_table_stays_exact_under_every_cast(name, cast):
 def test_bfloat16_is_near_float32(name):
     """Norms and softmax are computed in float32 inside: the error is that of rounding the states, not more.
 
-    Where a router chooses, rounded states send a few tokens to another expert of nearly equal weight: there the
-    error is that of the token in the middle.
+    Where a router chooses, rounded states send a few tokens to another expert or entry of nearly equal weight: there
+    the error is that of the token in the middle.
     """
     model = tiny(name)
     ids = tokens(model, 2, 100)
@@ -231,7 +232,8 @@ def test_bfloat16_is_near_float32(name):
 
     def error(got):
         wrong = (got.float() - want) / want.std()
-        return wrong.std(dim=-1).median() if hasattr(model.config, "top_k") else wrong.std()
+        chooses = any(hasattr(model.config, setting) for setting in ("top_k", "num_read", "top_values"))
+        return wrong.std(dim=-1).median() if chooses else wrong.std()
 
     rounded = copy.deepcopy(model).to(torch.bfloat16)
     assert rounded(ids).hidden.dtype == torch.bfloat16
@@ -281,7 +283,8 @@ def test_initial_loss_is_that_of_an_unlearned_model(name):
 
 @every_model
 def test_one_batch_can_be_learnt_by_heart(name):
-    model = tiny(name, init_std=0.02).train()
+    torch.manual_seed(0)
+    model = models.build(models.preset(name, "tiny")).train()
     ids = tokens(model, 4, 17)
     batch = align(ids, torch.tensor([[1] * 17, [1] * 9 + [2] * 8, [1] * 12 + [0] * 5, [0] * 3 + [1] * 14]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)

@@ -37,6 +37,15 @@ MUST_FIRE: dict[str, list[tuple[str, str]]] = {
         ("minilm/run.py", "from minilm.helper_of_nobody import x"),
         ("minilm/attic.py", "import math"),
         ("minilm/data/rows.py", "import train"),
+        ("minilm/knowledge/build.py", "from minilm.training import step"),
+    ],
+    "models_read_a_store_without_the_data": [
+        ("minilm/models/memory.py", "from minilm.knowledge.build import build"),
+        ("minilm/models/memory.py", "from minilm.knowledge import build"),
+        ("minilm/models/memory.py", "from ..knowledge import build"),
+        ("minilm/knowledge/store.py", "from minilm.data.tokenizer import Tokenizer"),
+        ("minilm/knowledge/codes.py", "from minilm.knowledge import build"),
+        ("minilm/knowledge/layout.py", "def f():\n    from .build import build"),
     ],
     "losses_are_made_in_alignment_only": [
         (STEP, "shifted = labels[:, 1:]"),
@@ -135,6 +144,17 @@ MUST_NOT_FIRE: dict[str, list[tuple[str, str]]] = {
         ("train.py", "from minilm.run import RunConfig"),
         ("tests/test_x.py", "from minilm.models import parts\nfrom minilm.alignment import Batch"),
         ("minilm/models/parts.py", "import models.data\nfrom alignment import x\nimport torch.optim"),
+        ("minilm/models/memory.py", "from minilm.knowledge.store import KnowledgeStore"),
+        ("minilm/knowledge/build.py", "from minilm.data.tokenizer import Tokenizer"),
+    ],
+    "models_read_a_store_without_the_data": [
+        (
+            "minilm/models/memory.py",
+            "from minilm.knowledge.codes import x\nfrom minilm.knowledge import store",
+        ),
+        ("minilm/models/memory.py", "from minilm.errors import ConfigError\nimport torch"),
+        ("minilm/knowledge/store.py", "from minilm.errors import x\nfrom minilm.knowledge.codes import y"),
+        ("minilm/knowledge/build.py", "from minilm.data.tokenizer import Tokenizer"),
     ],
     "losses_are_made_in_alignment_only": [
         ("minilm/alignment.py", "inputs = tokens[:, :-1]"),

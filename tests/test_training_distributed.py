@@ -1,6 +1,6 @@
 """Two processes, launched as users launch them, compute what one process computes: DDP and DeepSpeed ZeRO-2.
 
-Run by accelerate on two CPU ranks through gloo, with the launcher files of run_file/accelerate.
+Run by accelerate on two CPU ranks through gloo, with the launcher files of run_file/accelerate; resumed runs in forks.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def on_two(folder, store, **changes):
     return flags(settings | {key.replace("__", "."): value for key, value in changes.items()})
 
 
-def run_on_two(folder, store, launcher, *more, **changes):
-    result = launched([*on_two(folder, store, **changes), *more], launcher=launcher)
+def run_on_two(folder, store, launcher, *more, really=False, **changes):
+    result = launched([*on_two(folder, store, **changes), *more], launcher=launcher, really=really)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder / "two", result
 
@@ -105,7 +105,7 @@ def assert_is(run, alone):
 def test_two_ranks_log_the_losses_of_one_process_in_float32_and_resume_bit_for_bit(
     tmp_path, store, alone, launcher
 ):
-    run, result = run_on_two(tmp_path, store, launcher)
+    run, result = run_on_two(tmp_path, store, launcher, really=True)
     assert ("ZeRO-2 on 2 rank(s)" if "zero" in launcher else "DDP on 2 ranks") in result.stderr
     assert_is(run, alone)
     assert records(run, "validation")[-1]["loss"] == pytest.approx(

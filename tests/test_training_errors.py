@@ -27,7 +27,7 @@ def test_the_command_line_ends_with_2_and_without_a_traceback_for_all_problems_a
     given = flags(
         SETTINGS | {"data.store": store, "train.steps": 5, "train.learning_rate": 1, "model.num_heads": 5}
     )
-    result = launched(given)
+    result = launched(given, really=True)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert "Unknown setting train.learning_rate. Did you mean optim.learning_rate" in result.stderr

@@ -1,14 +1,18 @@
 """Every file of run_file/accelerate is one that Accelerate reads, says nothing twice, and starts what it says.
 
-The files for several machines are started in test_training_distributed, those with ZeRO in test_training_exactness.
+The files for several machines and that for ZeRO on two CPU processes are started in test_training_distributed.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import forked
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from training_runs import ROOT
@@ -52,7 +56,7 @@ def test_accelerate_reads_the_file_and_it_leaves_the_numbers_to_the_settings_of_
 def test_every_file_for_one_machine_starts_what_it_says(tmp_path):
     started = {}
     for number, (name, (_, machines, _, _)) in enumerate(SAID.items()):
-        if machines > 1 or "zero2" in name:  # started elsewhere, see above
+        if machines > 1 or name == "cpu2_zero2.yaml":  # started elsewhere, see above
             continue
         (tmp_path / name).mkdir()
         port = str(42_000 + number + os.getpid() % 18_000)
@@ -70,6 +74,56 @@ def test_every_file_for_one_machine_starts_what_it_says(tmp_path):
             process.kill()
         assert process.returncode == 0, output[-2000:]
         _, _, processes, stage = SAID[name]
-        lines = {path.name: path.read_text() for path in (tmp_path / name).iterdir()}
+        told = {path.name: path.read_text() for path in (tmp_path / name).iterdir()}
         kind = "zero" if stage else "ddp" if processes > 1 else "single"
+        lines = {rank: text.partition("\n")[0] for rank, text in told.items()}
         assert lines == {str(rank): f"{kind} {stage} {processes} {processes}" for rank in range(processes)}
+        if name not in ("cpu2.yaml", "zero2.yaml"):
+            continue
+        # What other tests run in forks stands in the same environment.
+        (tmp_path / "forked" / name).mkdir(parents=True)
+        done = forked.run(
+            ROOT / "tests" / "launch_probe.py", [str(tmp_path / "forked" / name)], launcher=name
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert {path.name: path.read_text() for path in (tmp_path / "forked" / name).iterdir()} == told
+
+
+def test_a_fork_ends_as_a_new_interpreter_would(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "print('out', sys.argv[1:], __name__, os.getcwd()); print('err', file=sys.stderr)\n"
+        "rank = os.environ.get('RANK')\n"
+        "end = sys.argv[1]\n"
+        "if end == 'die' or rank == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if end == 'wait': import time; time.sleep(60)\n"
+        "if end == 'words': sys.exit('why')\n"
+        "if end == 'raise': raise KeyError('broken')\n"
+        "sys.exit(int(end))\n"
+    )
+    codes = {}
+    for end in ("0", "3", "die", "words", "raise"):
+        done = forked.run(script, [end])
+        really = subprocess.run([sys.executable, str(script), end], capture_output=True, text=True)
+        assert done.stdout == really.stdout, end
+        codes[end] = done.returncode
+        assert done.returncode == really.returncode, end
+        assert done.stderr.splitlines()[-1] == really.stderr.splitlines()[-1]
+    assert codes == {"0": 0, "3": 3, "die": -9, "words": 1, "raise": 1}
+    with pytest.raises(subprocess.TimeoutExpired):
+        forked.run(script, ["wait"], timeout=0.5)
+
+
+def test_a_fork_that_waits_for_another_that_died_is_ended(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
+        "time.sleep(100)\n"
+    )
+    start = time.monotonic()
+    done = forked.run(script, [str(tmp_path / "left")], launcher="cpu2.yaml", patience=2)
+    assert done.returncode == -signal.SIGKILL and time.monotonic() - start < 50
+    assert not Path("/proc", (tmp_path / "left").read_text()).exists()

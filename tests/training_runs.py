@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 from data_stores import store_of
 
@@ -79,15 +80,24 @@ def run_here(folder: Path, store: Path, *, name: str = "run", resume: bool = Fal
 
 
 def launched(
-    arguments: list[str], *, launcher: str | None = None, timeout: int = 300
+    arguments: list[str], *, launcher: str | None = None, timeout: int = 300, really: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """`train.py` as users start it: by python, or by accelerate with one of our launcher files."""
-    return launched_script(ROOT / "train.py", arguments, launcher=launcher, timeout=timeout)
+    """`train.py` in processes of its own: in one, or in those of one of our launcher files. See `launched_script`."""
+    return launched_script(ROOT / "train.py", arguments, launcher=launcher, timeout=timeout, really=really)
 
 
 def launched_script(
-    script: Path, arguments: list[str], *, launcher: str | None = None, timeout: int = 300
+    script: Path,
+    arguments: list[str],
+    *,
+    launcher: str | None = None,
+    timeout: int = 300,
+    really: bool = False,
 ) -> subprocess.CompletedProcess[str]:
+    """Run a script in fresh processes. really: by the command of a user, which takes 5 to 20 seconds for imports
+    alone; otherwise in forks of a process that has them behind it (`forked.py`)."""
+    if not really:
+        return forked.run(script, arguments, launcher=launcher, timeout=timeout)
     command = [sys.executable, str(script), *arguments]
     if launcher is not None:
         accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]

@@ -15,9 +15,17 @@ every_model = pytest.mark.parametrize("name", models.names())
 
 
 def tiny(name: str, *, seed: int = 0, **changes: object) -> nn.Module:
-    """The tiny size in evaluation mode. init_std 0.2 makes attention and feed-forward matter at once."""
+    """The tiny size in evaluation mode. init_std 0.2 makes attention and feed-forward matter at once.
+
+    Weights that start at zero are drawn, too: they would hide all that stands behind them.
+    """
     torch.manual_seed(seed)
-    return models.build(models.preset(name, "tiny", **{"init_std": 0.2, **changes})).eval()
+    model = models.build(models.preset(name, "tiny", **{"init_std": 0.2, **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(0.0, 0.2)
+    return model
 
 
 def tokens(model: nn.Module, rows: int, length: int, seed: int = 1) -> Tensor:

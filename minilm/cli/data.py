@@ -21,6 +21,8 @@ SOURCE is a place of documents:
 with options behind commas: wiki.jsonl,weight=2,field=content,name=wiki
   weight=2      passes over this source per epoch        field=content  where the text is
   name=wiki     its name in the store                    suffixes=.tex  more suffixes of text files
+  entries=FIELD JSON Lines: where the labels are (default: entries), [[start, end, row], ...]: these
+                characters of the text can be known from that record of a knowledge source
 """
 
 _BUILD = f"""\
@@ -35,6 +37,26 @@ goes on where it stopped.
   minilm data build --source builtin:python --tokenizer tokenizers/python --out stores/python
   minilm data build --source wiki.jsonl.gz --source books/,weight=2 --tokenizer DIR --out stores/mix
 """
+
+_FACTS = """\
+Write a training text that states made-up facts, a database that holds most of them, and questions
+by how they can be answered: from the text alone, from the database alone, from both. Deterministic.
+
+  minilm data facts --out data/facts --entities 1000 --relations 4 --values 64 --mentions 120000
+"""
+# Named here, so that the help needs no import; `FactsSettings` has the defaults.
+FACTS = {
+    "entities": "whom the facts are about (default 4096)",
+    "relations": "facts about each, up to 8 (default 8)",
+    "values": "what a fact may say (default 256)",
+    "mentions": "statements of facts in the training text, by Zipf's law (default 400000)",
+    "validation-mentions": "and in the validation text (default 4000)",
+    "filler": "share of filler in the words of the text (default 0.3)",
+    "database-only": "share of facts that the text never states (default 0.1)",
+    "text-only": "share of facts that the database lacks (default 0.1)",
+    "questions": "of each split, if it has so many facts (default 500)",
+    "seed": "of everything that is drawn (default 0)",
+}
 
 _SHOW = """\
 Show rows as they are trained on: text with document borders, then input -> target of each position.
@@ -79,8 +101,24 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         default="error",
         help="a line that is no document: stop (default), or count it, list it and go on",
     )
+    build.add_argument(
+        "--entries-of", metavar="FILE", help="knowledge source (JSON Lines) whose rows the labels name"
+    )
     build.add_argument("--force", action="store_true", help="replace another store of this name")
     build.set_defaults(run=_build)
+
+    facts = commands.add_parser(
+        "facts",
+        help="a corpus of made-up facts, its database and questions",
+        description=_FACTS,
+        formatter_class=raw,
+    )
+    facts.add_argument("--out", required=True, metavar="DIR", help="folder of the files")
+    for name, what in FACTS.items():
+        kind = float if name in ("filler", "database-only", "text-only") else int
+        facts.add_argument(f"--{name}", type=kind, metavar="N", help=what)
+    facts.add_argument("--force", action="store_true", help="replace other facts of this name")
+    facts.set_defaults(run=_facts)
 
     info = commands.add_parser("info", help="counts, tokenizer and state of a store")
     info.add_argument("store", metavar="STORE")
@@ -117,6 +155,7 @@ def _build(args: argparse.Namespace) -> None:
             validation_sources=args.validation_source,
             validation_fraction=args.validation_fraction,
             on_bad_line=args.on_bad_line,
+            entries_of=args.entries_of,
             force=args.force,
         )
     except KeyboardInterrupt:
@@ -130,6 +169,23 @@ def _build(args: argparse.Namespace) -> None:
         how = "finished a killed build" if built.resumed else "built"
         print(f"{how} in {built.seconds:.1f} s: {built.store.path}")
     _describe(built.store.manifest)
+
+
+def _facts(args: argparse.Namespace) -> None:
+    from minilm.data.facts import FactsSettings, generate
+
+    names = [name.replace("-", "_") for name in FACTS]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    told = generate(args.out, FactsSettings(**given), force=args.force)
+    facts = ", ".join(f"{count:,} {name}" for name, count in told["facts"].items())
+    print(f"{args.out}: {facts}")
+    for name in ("corpus", "validation"):
+        part = told[name]
+        print(
+            f"{name}: {part['documents']:,} documents, {part['words']:,} words, {part['filler_share']:.0%} filler"
+        )
+    print("questions: " + ", ".join(f"{count} {split}" for split, count in told["questions"].items()))
+    print(f"guessing a value answers {told['chance']:.4f} of them")
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -165,6 +221,20 @@ def _describe(manifest: dict) -> None:
     if manifest["duplicates"]["count"]:
         print(f"{manifest['duplicates']['count']} duplicates dropped")
     bad = manifest["bad"]
+    labelled = {
+        f"{split}/{source}": c["labelled"]
+        for split, counts in manifest["splits"].items()
+        for source, c in counts["sources"].items()
+        if "labelled" in c
+    }
+    if labelled:
+        named = manifest.get("entries_of")
+        of = (
+            f"{named['name']}, sha256 {named['sha256'][:12]}"
+            if named
+            else "a knowledge source that was not named"
+        )
+        print(f"labelled tokens, with rows of {of}: " + ", ".join(f"{k} {v:,}" for k, v in labelled.items()))
     if bad["count"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in bad["reasons"].items())
         print(f"{bad['count']} bad documents passed over ({reasons}); the first:")

@@ -37,8 +37,18 @@ def add(subparsers: Any) -> None:
     )
     sub.add_argument("target", nargs="?", metavar="TARGET", help="what to examine")
     sub.add_argument("--data", metavar="STORE", help="a store, in place of the one that the run names")
+    sub.add_argument(
+        "--store",
+        metavar="DIR",
+        help="a knowledge store, in place of the one that a checkpoint was trained with",
+    )
     sub.add_argument("--suite", choices=("quick", "full"), default="full", help="default: full")
     sub.add_argument("--only", metavar="A,B", default="", help="checks or groups, by name")
+    sub.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the code in a Hugging Face folder whose model comes with its own",
+    )
     sub.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
     sub.add_argument("--html", type=Path, metavar="FILE", help="write a page")
     other = sub.add_mutually_exclusive_group()
@@ -99,7 +109,12 @@ def _examine(arguments: argparse.Namespace, only: list[str]) -> int:
             )
 
     examination = examine(
-        arguments.target, data=arguments.data, suite=arguments.suite, only=only, watch=progress
+        arguments.target,
+        data=arguments.data,
+        suite=arguments.suite,
+        only=only,
+        watch=progress,
+        trust_remote_code=arguments.trust_remote_code,
     )
     if shown:
         print("\r\x1b[K", end="", file=sys.stderr)
@@ -138,8 +153,8 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
         )
     if special is not None and arguments.target is not None:
         problems.append(f"--{special} takes no TARGET")
-    if special is not None and (arguments.data or arguments.html):
-        problems.append(f"--data and --html are for a TARGET, not for --{special}")
+    if special is not None and (arguments.data or arguments.html or arguments.trust_remote_code):
+        problems.append(f"--data, --html and --trust-remote-code are for a TARGET, not for --{special}")
     if arguments.matrix and special not in ("prove", "survey"):
         problems.append("--matrix goes with --prove or --survey")
     if problems:

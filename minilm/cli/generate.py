@@ -31,42 +31,9 @@ def add(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    _add_prompt(sub)
+    _add_choices(sub)
     arg = sub.add_argument
-    arg(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="a run folder (its newest checkpoint) or a checkpoint",
-    )
-    arg(
-        "--weights",
-        choices=("last", "ema"),
-        default="last",
-        help="those of the last step, or their moving average (train.ema_decay); default: last",
-    )
-    prompt = sub.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue (default: empty, a new document)")
-    prompt.add_argument(
-        "--prompt-file",
-        metavar="FILE",
-        help="the prompt is this file (- is stdin), without one line end at its end",
-    )
-    arg(
-        "--max-new-tokens",
-        type=int,
-        default=128,
-        metavar="N",
-        help="stop after so many tokens (default: 128)",
-    )
-    arg("--temperature", type=float, default=0.8, help="0: always the most probable token (default: 0.8)")
-    arg("--top-k", type=int, metavar="K", help="choose among the K most probable tokens (default: all)")
-    arg(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="choose among the fewest tokens that reach probability P (default: all)",
-    )
-    arg("--seed", type=int, default=0, help="of the choices (default: 0)")
     arg("--num-samples", type=int, default=1, metavar="N", help="texts to generate (default: 1)")
     arg(
         "--stream",
@@ -89,6 +56,56 @@ def add(subparsers: Any) -> None:
     sub.set_defaults(run=run)
 
 
+def _add_prompt(sub: argparse.ArgumentParser) -> None:
+    """What continues what."""
+    arg = sub.add_argument
+    arg(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a run folder (its newest checkpoint) or a checkpoint",
+    )
+    arg(
+        "--weights",
+        choices=("last", "ema"),
+        default="last",
+        help="those of the last step, or their moving average (train.ema_decay); default: last",
+    )
+    arg(
+        "--store",
+        metavar="DIR",
+        help="knowledge store to read in place of the one that the model was trained with",
+    )
+    prompt = sub.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue (default: empty, a new document)")
+    prompt.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="the prompt is this file (- is stdin), without one line end at its end",
+    )
+
+
+def _add_choices(sub: argparse.ArgumentParser) -> None:
+    """How tokens are chosen, and how many."""
+    arg = sub.add_argument
+    arg(
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="stop after so many tokens (default: 128)",
+    )
+    arg("--temperature", type=float, default=0.8, help="0: always the most probable token (default: 0.8)")
+    arg("--top-k", type=int, metavar="K", help="choose among the K most probable tokens (default: all)")
+    arg(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="choose among the fewest tokens that reach probability P (default: all)",
+    )
+    arg("--seed", type=int, default=0, help="of the choices (default: 0)")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Generate; returns the exit code. Raises MinilmError for everything that a user can set right."""
     if arguments.num_samples < 1:
@@ -104,7 +121,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.device == "cuda" and not cuda:
         raise ConfigError("--device cuda was asked for, but torch sees no GPU here.")
     device = "cuda" if cuda and arguments.device != "cpu" else "cpu"
-    loaded = load_checkpoint(arguments.checkpoint, device=device, weights=arguments.weights)
+    loaded = load_checkpoint(
+        arguments.checkpoint, device=device, weights=arguments.weights, knowledge=arguments.store
+    )
     if loaded.tokenizer is None:
         raise DataError(
             f"The checkpoint {loaded.folder} has no tokenizer: it was trained on token ids, so there is no "

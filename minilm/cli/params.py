@@ -75,6 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
     for name, size in (("weights, float32", 4), ("gradients, float32", 4), ("Adam moments, float32", 8)):
         table.add_row(name, *(_bytes(n * size) for n in parameters))
     table.add_row("state, training", *(_bytes(n * 16) for n in parameters), style="bold")
+    tables = [config.table_bytes() for config in configs]
+    if any(tables):
+        table.add_row("tables that are not trained", *map(_bytes, tables))
     console = Console(highlight=False)
     console.print(table)
     if len(configs) > 1:
@@ -83,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
         if chosen:
             measures["active parameters"] = active
         measures |= {"training FLOPs per token": training, "state": state}
+        if any(tables):
+            measures["state and tables"] = [a + b for a, b in zip(state, tables, strict=True)]
         for line in compared(arguments.models, measures):
             console.print(line, soft_wrap=True)
     return 0

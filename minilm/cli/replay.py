@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from minilm.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from minilm.alignment import Batch
     from minilm.run import RunConfig
     from minilm.training.checkpoint import Found
     from minilm.training.incident import Report
+    from minilm.training.layout import Layout
 
 DESCRIPTION = """\
 Forward and backward of one step, from the state before it: the same weights, the same rows of the store, the
@@ -86,21 +88,44 @@ def recompute(config: RunConfig, report: Report, found: Found) -> Report:
     import dataclasses
 
     import torch
-    from safetensors.torch import load_file
 
-    from minilm import models
     from minilm.alignment import Sum
-    from minilm.data.loader import Loader, open_data
-    from minilm.models import folder as model_folder
-    from minilm.training import checkpoint, optim, passing
+    from minilm.training import checkpoint
     from minilm.training.incident import layer_states
-    from minilm.training.layout import Asked, Layout
-    from minilm.training.objective import Objective
-    from minilm.training.step import accumulate
+    from minilm.training.step import accumulate, counts_of
     from minilm.training.watch import StepView
 
     torch.set_num_threads(report.num_threads)  # sums are cut differently for another number of threads
-    data = open_data(config.data)
+    micro_batches = _micro_batches(config, report, found)
+    layout = _layout(config, report, found)
+    every = [batch for batches in micro_batches for batch in batches]
+    total, counts = sum(float(batch.num_targets()) for batch in every), counts_of(layout.model, every)
+    loss = Sum.zero(layout.device)
+    for rank, batches in enumerate(micro_batches):
+        random = found.folder / f"random-{rank:05d}.pt"
+        checkpoint.set_random_states(torch.load(random, map_location="cpu", weights_only=True), layout.device)
+        part, _ = accumulate(layout, batches, total, counts=counts)
+        loss = loss + part
+    view = StepView(report.step, layout, every)
+    return dataclasses.replace(
+        report,
+        loss=loss.mean,
+        gradient_norm=float(layout.gradient_norm()),
+        layers=layer_states(view),
+        layout=layout.facts(),
+    )
+
+
+def _layout(config: RunConfig, report: Report, found: Found) -> Layout:
+    """The model with the weights before the step, as one process trains it."""
+    from safetensors.torch import load_file
+
+    from minilm import models
+    from minilm.models import folder as model_folder
+    from minilm.training import optim, passing
+    from minilm.training.layout import Asked, Layout
+    from minilm.training.objective import Objective
+
     layout = Layout(
         Asked(
             config.train.batch_size,
@@ -118,7 +143,14 @@ def recompute(config: RunConfig, report: Report, found: Found) -> Report:
     passing.arrange(model, recompute=recomputed, compiled=config.train.compile)
     layout.prepare(Objective(model).to(layout.device), optim.build(model, config.optim))
     layout.objective.train()
-    world, saved = report.layout["world_size"], found.trainer["loader"]
+    return layout
+
+
+def _micro_batches(config: RunConfig, report: Report, found: Found) -> list[list[Batch]]:
+    """Those of the step, by rank."""
+    from minilm.data.loader import Loader, open_data
+
+    data, saved, world = open_data(config.data), found.trainer["loader"], report.layout["world_size"]
     micro_batches = []
     for rank in range(world):
         loader = Loader(
@@ -132,21 +164,7 @@ def recompute(config: RunConfig, report: Report, found: Found) -> Report:
         )
         loader.load_state_dict(saved)  # refuses another store
         micro_batches.append(next(loader))
-    total = sum(float(batch.num_targets()) for batches in micro_batches for batch in batches)
-    loss = Sum.zero(layout.device)
-    for rank, batches in enumerate(micro_batches):
-        random = found.folder / f"random-{rank:05d}.pt"
-        checkpoint.set_random_states(torch.load(random, map_location="cpu", weights_only=True), layout.device)
-        part, _ = accumulate(layout, batches, total, ranks=world)
-        loss = loss + part
-    view = StepView(report.step, layout, [batch for batches in micro_batches for batch in batches])
-    return dataclasses.replace(
-        report,
-        loss=loss.mean,
-        gradient_norm=float(layout.gradient_norm()),
-        layers=layer_states(view),
-        layout=layout.facts(),
-    )
+    return micro_batches
 
 
 def _tolerance(report: Report, now: dict[str, Any]) -> float:

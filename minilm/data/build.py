@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minilm.data import labels
 from minilm.data import store as stores
 from minilm.data.documents import MAX_DOCUMENT_BYTES, ReadInterrupted
 from minilm.data.encoding import BATCHES, Corpus, Output
@@ -60,6 +61,7 @@ def build(
     validation_fraction: float | None = None,
     on_bad_line: str = "error",
     max_document_bytes: int = MAX_DOCUMENT_BYTES,
+    entries_of: str | Path | None = None,
     force: bool = False,
 ) -> Built:
     """Build the store `out`, or find that it is there already.
@@ -70,6 +72,7 @@ def build(
     validation_fraction  of the documents of `sources` that are held out. Default: 0 with validation sources, else
                          0.01, 0.02, 0.05 or 0.1: the least that gives 500 kB
     on_bad_line          "error" stops at the first bad document, "skip" counts and reports them
+    entries_of           the knowledge source (JSON Lines) whose rows the labels of the documents name; see labels.py
     force                replace another store of this name (never a folder that is something else)
 
     Raises ConfigError and DataError: wrong settings, unreadable or empty sources, bad lines, no space left.
@@ -79,6 +82,8 @@ def build(
     settings, all_sources = _settings(
         sources, tokenizer, validation_sources, validation_fraction, on_bad_line, max_document_bytes
     )
+    if entries_of is not None:
+        settings["entries_of"] = labels.described_source(labels.KnowledgeSource.read(entries_of))
     key = _digest(settings)
     if (existing := _existing(out, key, settings, force)) is not None:
         return Built(existing, True, False, time.monotonic() - began)
@@ -242,8 +247,7 @@ def _write(
         for file in stores.files_of(manifest):
             file["blake2b"] = stores.checksum(folder / file["path"], more)
     manifest["settings_fingerprint"] = key
-    manifest["fingerprint"] = stores.content_fingerprint(manifest)
-    _note(folder / stores.MANIFEST, manifest)
+    labels.seal(folder, manifest)
 
 
 def _publish(folder: Path, out: Path) -> None:

@@ -25,6 +25,9 @@ class Document:
     num_bytes: int
     key: int
     tokens: np.ndarray | None = None
+    entries: tuple[tuple[int, int, int], ...] | None = (
+        None  # labelled spans (see labels.py); None: it has none
+    )
 
 
 @dataclass(slots=True)

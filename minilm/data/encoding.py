@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from array import array
 from collections import Counter, deque
@@ -10,13 +9,14 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from minilm.data import store as stores
 from minilm.data.documents import BadDocument, Document, Position, Seen, in_validation
+from minilm.data.labels import token_entries
+from minilm.data.output import Output
 from minilm.data.sources import Source
 from minilm.data.store import SPLITS
 from minilm.data.synthetic import Markov
@@ -30,73 +30,6 @@ _IN_FLIGHT = 3  # batches: one being encoded, one read, one written
 _BAD_SHOWN = 10
 
 
-class Output:
-    """The files of a store being written: tokens and offsets per split and source.
-
-    sizes   bytes of each file that count, from an earlier build; what is behind them is cut off
-    """
-
-    def __init__(self, folder: Path, names: list[str], vocab_size: int, sizes: dict[str, int]) -> None:
-        self.folder, self.vocab_size = folder, vocab_size
-        self.dtype = stores.smallest_dtype(vocab_size)
-        self._files: dict[str, BinaryIO] = {}
-        for split in SPLITS:
-            (folder / split).mkdir(exist_ok=True)
-            for name in names:
-                for kind in ("tokens", "offsets"):
-                    inside = f"{split}/{name}.{kind}.bin"
-                    with (folder / inside).open("ab") as file:
-                        file.truncate(sizes.get(inside, 0))
-                    self._files[inside] = (folder / inside).open("ab", buffering=1 << 20)
-        self._sizes = {inside: file.tell() for inside, file in self._files.items()}
-
-    def write(self, split: str, name: str, tokens: np.ndarray, lengths: list[int], where: list[str]) -> None:
-        """Append documents: `tokens` end to end, `lengths` of each. DataError for an id outside the vocabulary."""
-        ends = np.cumsum(lengths)
-
-        def place(index: int) -> str:
-            return f"in {where[int(np.searchsorted(ends, index, side='right'))]}"
-
-        ids = stores.checked_ids(tokens, self.vocab_size, place)
-        offsets, start = f"{split}/{name}.offsets.bin", self.num_tokens(split, name)
-        if self._sizes[offsets] == 0:
-            self._append(offsets, np.zeros(1, dtype="<u8"))
-        self._append(offsets, (ends + start).astype("<u8"))
-        self._append(f"{split}/{name}.tokens.bin", ids)
-
-    def num_tokens(self, split: str, name: str) -> int:
-        return self._sizes[f"{split}/{name}.tokens.bin"] // self.dtype.itemsize
-
-    def description(self, split: str, name: str) -> dict[str, Any]:
-        files = {kind: f"{split}/{name}.{kind}.bin" for kind in ("tokens", "offsets")}
-        return {
-            f"{kind}_file": {"path": inside, "size_bytes": self._sizes[inside]}
-            for kind, inside in files.items()
-        }
-
-    def sync(self) -> dict[str, int]:
-        """Everything to the disk itself; the size of each file."""
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        return dict(self._sizes)
-
-    def _append(self, inside: str, values: np.ndarray) -> None:
-        self._files[inside].write(values.tobytes())
-        self._sizes[inside] += values.nbytes
-
-    def __enter__(self) -> Output:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            # After a failed write the buffer is still full, and closing would fail the same way and hide it.
-            try:
-                file.close()
-            except OSError:
-                file.raw.close()  # type: ignore[attr-defined]
-
-
 @dataclass
 class _Encoded:
     """Documents of one batch and split as token ids."""
@@ -105,6 +38,7 @@ class _Encoded:
     tokens: np.ndarray
     lengths: list[int]
     where: list[str]
+    entries: np.ndarray | None  # the label of each token; None where no document has any
 
 
 class Corpus:
@@ -127,6 +61,7 @@ class Corpus:
         self.duplicates: Counter[str] = Counter()
         self.synthetic: dict[str, Any] | None = None
         self._seen = Seen()
+        self._labelled = False
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="minilm-encode")
         self._pending: deque[tuple[str, Future[list[_Encoded]]]] = deque()
 
@@ -189,24 +124,40 @@ class Corpus:
     def _write_next(self) -> None:
         name, future = self._pending.popleft()
         for part in future.result():
-            self.output.write(part.split, name, part.tokens, part.lengths, part.where)
+            self.output.write(part.split, name, part.tokens, part.lengths, part.where, part.entries)
 
     def _good(self, batch: list[Document | BadDocument], source: Source) -> list[Document]:
         good = []
-        for item in batch:
+        checked = [self._within_source(item) for item in batch]
+        if self.settings["on_bad_line"] == "error" and (
+            bad := [x for x in checked if isinstance(x, BadDocument)]
+        ):
+            others = "".join(f"\n  also {item}" for item in bad[1:_BAD_SHOWN])
+            raise DataError(
+                f"Bad document, {bad[0]}. Repair it, or pass over such documents with `--on-bad-line skip`, "
+                f"which counts and lists them.{others}"
+            )
+        for item in checked:
             if isinstance(item, Document):
+                self._labelled |= item.entries is not None
                 good.append(item)
                 continue
-            if self.settings["on_bad_line"] == "error":
-                raise DataError(
-                    f"Bad document, {item}. Repair it, or pass over such documents with `--on-bad-line skip`, "
-                    "which counts and lists them."
-                )
             self.bad[item.reason] += 1
             self.bad_of_source[source.name] += 1
             if len(self.first_bad) < _BAD_SHOWN:
                 self.first_bad.append(str(item))
         return good
+
+    def _within_source(self, item: Document | BadDocument) -> Document | BadDocument:
+        """A document whose labels name records that the knowledge source does not have is a bad one."""
+        source = self.settings.get("entries_of")
+        if source is None or isinstance(item, BadDocument) or not item.entries:
+            return item
+        beyond = [f"{list(span)}" for span in item.entries if span[2] >= source["records"]]
+        if not beyond:
+            return item
+        detail = f"{', '.join(beyond)}: the last is {source['records'] - 1}"
+        return BadDocument(item.where, f"labels name rows that {source['name']} does not have", detail)
 
     def _encode(self, parts: dict[str, list[Document]]) -> list[_Encoded]:
         encoded = []
@@ -216,24 +167,36 @@ class Corpus:
             where = [d.where for d in documents]
             if self.tokenizer is None:
                 rows = [d.tokens for d in documents if d.tokens is not None]
-                encoded.append(_Encoded(split, np.concatenate(rows), [len(r) for r in rows], where))
+                encoded.append(_Encoded(split, np.concatenate(rows), [len(r) for r in rows], where, None))
                 continue
             # array.extend copies Python integers several times quicker than np.array does.
             flat, lengths = array("I"), []
             before = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-            for ids in self._ids(documents):
+            all_ids, labels = self._ids(documents)
+            for ids in all_ids:
                 start = len(flat)
                 flat.extend(before)
                 flat.extend(ids)
                 flat.append(self.tokenizer.eos_id)
                 lengths.append(len(flat) - start)
-            encoded.append(_Encoded(split, np.frombuffer(flat, dtype=np.uint32), lengths, where))
+            entries = None
+            if labels is not None:
+                none = np.full(1, -1, dtype=np.int32)  # special tokens are in no text
+                pieces = [piece for label in labels for piece in (*[none] * len(before), label, none)]
+                entries = np.concatenate(pieces)
+            encoded.append(_Encoded(split, np.frombuffer(flat, dtype=np.uint32), lengths, where, entries))
         return encoded
 
-    def _ids(self, documents: list[Document]) -> list[list[int]]:
+    def _ids(self, documents: list[Document]) -> tuple[list[list[int]], list[np.ndarray] | None]:
+        """Ids of each document, and the labels of its tokens where any document has some."""
         assert self.tokenizer is not None
         try:
-            return self.tokenizer.encode_batch([d.text for d in documents])
+            if all(d.entries is None for d in documents):
+                return self.tokenizer.encode_batch([d.text for d in documents]), None
+            encoded = self.tokenizer.encode_offsets([d.text for d in documents])
+            return [ids for ids, _ in encoded], [
+                _labels(document, offsets) for document, (_, offsets) in zip(documents, encoded, strict=True)
+            ]
         except DataError:
             for document in documents:  # which one was it
                 try:
@@ -258,6 +221,11 @@ class Corpus:
                 f"{self.settings['validation_fraction']}. Give a larger `--validation-fraction`, a "
                 "`--validation-source`, smaller documents, or `--validation-fraction 0` for a store without validation."
             )
+        if self.settings.get("entries_of") and not self._labelled:
+            problems.append(
+                f"{self.settings['entries_of']['name']} was given as the knowledge source of the labels, but no "
+                f"document has labels (field 'entries' of JSON Lines; another field: SOURCE,entries=FIELD)."
+            )
         if problems:
             raise DataError("\n".join(problems))
 
@@ -279,7 +247,8 @@ class Corpus:
                 key: sum(c[key] for c in of_sources.values()) for key in ("documents", "tokens", "bytes")
             }
             splits[split] = {**totals, "sources": of_sources}
-        return {
+        knowledge = {"entries_of": settings["entries_of"]} if "entries_of" in settings else {}
+        return knowledge | {
             "format": stores.FORMAT,
             "version": stores.VERSION,
             "vocab_size": settings["vocab_size"],
@@ -316,6 +285,13 @@ class Corpus:
             "built_with": {name: version(name) for name in ("minilm", "tokenizers", "numpy")}
             | {"python": platform.python_version()},
         }
+
+
+def _labels(document: Document, offsets: list[tuple[int, int]]) -> np.ndarray:
+    try:
+        return token_entries(offsets, document.entries or ())
+    except DataError as error:
+        raise DataError(f"{document.where}: {error}.") from error
 
 
 def _batches(documents: Iterator[Document | BadDocument]) -> Iterator[list[Document | BadDocument]]:

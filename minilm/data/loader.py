@@ -132,13 +132,10 @@ class Loader:
         """The micro-batches, and the first row of the global batch."""
         share, chosen = self.batch_rows // self.world, self._rows_of(step)
         first, chosen = int(chosen[0]), chosen[self.rank * share : (self.rank + 1) * share]
-        tokens, segments = self.rows.batch(chosen)
-        pairs = zip(
-            torch.from_numpy(tokens).split(self.micro_batch),
-            torch.from_numpy(segments).split(self.micro_batch),
-            strict=True,
-        )
-        return [align(t, s) for t, s in pairs], first
+        return [
+            aligned(self.rows, chosen[start : start + self.micro_batch])
+            for start in range(0, share, self.micro_batch)
+        ], first
 
     def place(self) -> RowPlace:
         """Source and document of the first row of the step that iterating gave last: a look-up, no permutation."""
@@ -256,6 +253,17 @@ class _Ahead:
             step += 1
 
 
+def aligned(rows: Rows, numbers: np.ndarray) -> Batch:
+    """Rows by number as a batch, with the labels of their tokens where the store has any."""
+    tokens, segments = rows.batch(numbers)
+    entries = rows.entries(numbers)
+    return align(
+        torch.from_numpy(tokens),
+        torch.from_numpy(segments),
+        entries=None if entries is None else torch.from_numpy(entries),
+    )
+
+
 def validation_batches(
     rows: Rows, batch_rows: int, rank: int = 0, world: int = 1, *, max_rows: int | None = None
 ) -> Iterator[Batch]:
@@ -269,8 +277,7 @@ def validation_batches(
         chosen = np.arange(max_rows) * len(rows) // max_rows
     own = chosen[rank * len(chosen) // world : (rank + 1) * len(chosen) // world]
     for start in range(0, len(own), batch_rows):
-        tokens, segments = rows.batch(own[start : start + batch_rows])
-        yield align(torch.from_numpy(tokens), torch.from_numpy(segments))
+        yield aligned(rows, own[start : start + batch_rows])
 
 
 class Data(NamedTuple):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from minilm.data.documents import BadDocument, Document, Position, ReadInterrupted, document_of
+from minilm.data.labels import FIELD, spans_of
 from minilm.errors import DataError
 
 Found = Iterator[Document | BadDocument]
@@ -25,15 +26,20 @@ def kind_of(path: Path) -> str:
     return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED else path.suffix.lower()
 
 
-def read_file(path: Path, text_field: str, limit: int, position: Position) -> Found:
-    """The documents of one file: JSON Lines and parquet by records, anything else as one text."""
+def read_file(
+    path: Path, text_field: str, limit: int, position: Position, entries_field: str = FIELD
+) -> Found:
+    """The documents of one file: JSON Lines and parquet by records, anything else as one text.
+
+    entries_field   of JSON Lines: where a record has its labels; empty for none
+    """
     before = position.done_bytes
     kind = kind_of(path)
     try:
         if kind == ".parquet":
             yield from _parquet(path, text_field, limit, position)
         elif kind in RECORDS:
-            yield from _json_lines(path, text_field, limit, position)
+            yield from _json_lines(path, (text_field, entries_field), limit, position)
         else:
             yield _text(path, limit)
         position.done_bytes = before + path.stat().st_size
@@ -41,7 +47,7 @@ def read_file(path: Path, text_field: str, limit: int, position: Position) -> Fo
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _json_lines(path: Path, text_field: str, limit: int, position: Position) -> Found:
+def _json_lines(path: Path, fields: tuple[str, str], limit: int, position: Position) -> Found:
     longest = 6 * limit + 65536  # JSON may write a byte as six (\u0000), and other fields want room
     before, number, line_end = position.done_bytes, 0, True
     with path.open("rb") as raw:
@@ -64,14 +70,15 @@ def _json_lines(path: Path, text_field: str, limit: int, position: Position) -> 
             if not line_end and len(line) == longest:
                 yield BadDocument(where, "line is too long", f"more than {longest} bytes")
             elif line.strip():
-                yield _json_line(line, where, text_field, limit, first=number == 1)
+                yield _json_line(line, where, fields, limit, first=number == 1)
             else:
                 line_end = True
 
 
 def _json_line(
-    line: bytes, where: str, text_field: str, limit: int, *, first: bool
+    line: bytes, where: str, fields: tuple[str, str], limit: int, *, first: bool
 ) -> Document | BadDocument:
+    text_field, entries_field = fields
     try:
         record = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as error:
@@ -84,7 +91,12 @@ def _json_line(
         return BadDocument(
             where, f"no field {text_field!r}", f"it has {', '.join(map(repr, list(record)[:8]))}"
         )
-    return document_of(record[text_field], where, limit)
+    document = document_of(record[text_field], where, limit)
+    if isinstance(document, Document) and record.get(entries_field) is not None:
+        document.entries, problems = spans_of(record[entries_field], document.text)
+        if problems:
+            return BadDocument(where, f"wrong labels in the field {entries_field!r}", "; ".join(problems))
+    return document
 
 
 def _text(path: Path, limit: int) -> Document | BadDocument:

@@ -131,6 +131,30 @@ class Rows:
             shard.check()  # not written over while it was read
         return tokens, segments
 
+    def entries(self, rows: np.ndarray) -> np.ndarray | None:
+        """Labels of the tokens of rows by number, [B, L+1] int64: a row of the knowledge source, or -1.
+
+        None where no source of this split has labels; -1 throughout for a source without. Raises IndexError.
+        """
+        if all(shard.entries is None for shard in self.shards):
+            return None
+        rows = np.asarray(rows, dtype=np.int64)
+        if ((rows < 0) | (rows >= len(self))).any():
+            raise IndexError(f"row numbers must be 0 to {len(self) - 1}, not {rows.tolist()}")
+        found = np.full((len(rows), self.sequence_length + 1), -1, dtype=np.int64)
+        sources = np.searchsorted(self._first, rows, side="right") - 1
+        for source in np.unique(sources):
+            shard, part = self.shards[source], self._parts[source]
+            if shard.entries is None:
+                continue
+            shard.check()
+            members = np.flatnonzero(sources == source)
+            starts, stops = part.bounds(rows[members] - self._first[source])
+            for member, start, stop in zip(members.tolist(), starts.tolist(), stops.tolist(), strict=True):
+                found[member, : stop - start] = shard.entries[start:stop]
+            shard.check()
+        return found
+
     def places(self, rows: np.ndarray) -> list[RowPlace]:
         """The documents of each row."""
         found = []

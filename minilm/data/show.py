@@ -24,14 +24,16 @@ def row_text(batch: Batch, row: int, tokenizer: Tokenizer | None) -> Text:
     """A row as text: ┃ where a document begins, special tokens by name, dim what is not a target.
 
     Shown are the first input of each document (context only) and every target that counts. Without colours
-    context is in [brackets].
+    context is in [brackets]. Targets that can be known from an entry of a knowledge source stand in ‹ ›, with its row.
     """
     inputs, targets = batch.inputs[row].tolist(), batch.targets[row].tolist()
     segments, weights = batch.segments[row].tolist(), batch.weights[row].tolist()
-    text, pending, style = Text(), [], _CONTEXT
+    entries = [-1] * len(inputs) if batch.entries is None else batch.entries[row].tolist()
+    text, pending, style, entry = Text(), [], _CONTEXT, -1
 
     def flush() -> None:
-        text.append(_decoded(pending, tokenizer), style=style)
+        decoded = _decoded(pending, tokenizer)
+        text.append(f"‹{decoded} ={entry}›" if entry >= 0 and pending else decoded, style=style)
         pending.clear()
 
     for i, segment in enumerate(segments):
@@ -42,9 +44,9 @@ def row_text(batch: Batch, row: int, tokenizer: Tokenizer | None) -> Text:
             text.append("┃", style="bold red")
             text.append(f"[{_decoded([inputs[i]], tokenizer)}]", style=_CONTEXT)
         wanted = _COLOURS[segment % len(_COLOURS)] if weights[i] else _CONTEXT
-        if wanted != style:
+        if (wanted, entries[i]) != (style, entry):
             flush()
-            style = wanted
+            style, entry = wanted, entries[i]
         if weights[i]:
             pending.append(targets[i])
     flush()
@@ -56,16 +58,19 @@ def row_text(batch: Batch, row: int, tokenizer: Tokenizer | None) -> Text:
 
 def row_table(batch: Batch, row: int, tokenizer: Tokenizer | None, num_positions: int) -> Table:
     """The first positions of a row: what the model is given there, what it must predict, does it count, the number
-    of the document in the row, and the place in that document."""
+    of the document in the row, the place in that document, and the entry from which the target can be known."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, justify in (
         ("position", "right"), ("input", "left"), ("", "left"), ("target", "left"),
         ("weight", "right"), ("segment", "right"), ("place", "right"),
     ):  # fmt: skip
         table.add_column(name, justify=justify, no_wrap=True)
+    if batch.entries is not None:
+        table.add_column("entry", justify="right", no_wrap=True)
     for i in range(min(num_positions, batch.inputs.shape[1])):
         counts = bool(batch.weights[row, i])
         segment = int(batch.segments[row, i])
+        entry = -1 if batch.entries is None else int(batch.entries[row, i])
         table.add_row(
             str(i),
             Text(_token(int(batch.inputs[row, i]), tokenizer)),  # not str: a text may look like rich's markup
@@ -74,6 +79,7 @@ def row_table(batch: Batch, row: int, tokenizer: Tokenizer | None, num_positions
             f"{float(batch.weights[row, i]):g}",
             str(segment) if segment else "padding",
             str(int(batch.positions[row, i])),
+            *([] if batch.entries is None else [str(entry) if entry >= 0 else ""]),
             style=_COLOURS[segment % len(_COLOURS)] if counts else _CONTEXT,
         )
     return table

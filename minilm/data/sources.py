@@ -12,6 +12,7 @@ Options follow behind commas, `wiki.jsonl,weight=2,field=content,name=wiki`, or 
     name      in the store and its reports; by default from the place
     weight    passes over this source per epoch
     field     field or column that holds the text (default: text)
+    entries   field of JSON Lines that holds labels (default: entries; empty: none are read), see labels.py
     suffixes  further suffixes of text files in a folder: suffixes=.tex+.html
 """
 
@@ -25,10 +26,11 @@ from typing import Any
 
 from minilm.data import corpora, readers
 from minilm.data.documents import BadDocument, Document, Position, document_of
+from minilm.data.labels import FIELD
 from minilm.data.synthetic import Markov, MarkovSettings
 from minilm.errors import ConfigError, DataError, listed
 
-_OPTIONS = ("name", "weight", "field", "suffixes")
+_OPTIONS = ("name", "weight", "field", "entries", "suffixes")
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -41,6 +43,7 @@ class Source:
     name: str
     weight: float = 1.0
     text_field: str = "text"
+    entries_field: str = FIELD
     files: tuple[Path, ...] = ()
 
     def documents(self, limit: int, position: Position | None = None) -> Iterator[Document | BadDocument]:
@@ -55,7 +58,7 @@ class Source:
                 yield document_of(text, where, limit)
         else:
             for path in self.files:
-                yield from readers.read_file(path, self.text_field, limit, position)
+                yield from readers.read_file(path, self.text_field, limit, position, self.entries_field)
 
     def markov_settings(self) -> MarkovSettings:
         return MarkovSettings.parse(self.place)
@@ -75,7 +78,8 @@ class Source:
         if self.kind == "dataset" and (folder := Path(self._dataset()[0])).is_dir():
             files = sorted(p for p in folder.rglob("*") if p.is_file())
         stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        return {"place": self.place, "kind": self.kind, "field": self.text_field, "files": stats}
+        labels = {} if self.entries_field == FIELD else {"entries": self.entries_field}
+        return {"place": self.place, "kind": self.kind, "field": self.text_field, "files": stats, **labels}
 
     def _dataset(self) -> tuple[str, str, str]:
         name, config, split = [*self.place.removeprefix("hf:").split(":"), "", ""][:3]
@@ -127,7 +131,10 @@ def _parse(spec: str | Mapping[str, Any]) -> Source:
         stem = Path(place.rstrip("/")).name.split(".")[0] if not _GLOB.search(place) else place
         source = Source(place, "files", stem, files=tuple(files))
     name = str(options.get("name", source.name))
-    return replace(source, name=_file_name(name), weight=weight, text_field=field)
+    entries_field = str(options.get("entries", FIELD))
+    return replace(
+        source, name=_file_name(name), weight=weight, text_field=field, entries_field=entries_field
+    )
 
 
 def _options(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -4,6 +4,8 @@
     STORE/tokenizer/                          the tokenizer that made it (absent where the source gives token ids)
     STORE/train/NAME.tokens.bin               token ids of the documents of source NAME, end to end
     STORE/train/NAME.offsets.bin              uint64 [documents + 1]: where each document begins; the last is the end
+    STORE/train/NAME.entries.bin              int32 for each token: from which entry of a knowledge source it can be
+                                              known, or -1; only where the source has such labels (see labels.py)
     STORE/validation/...
 
 Ids are stored in the smallest unsigned type that holds the whole vocabulary, never narrower: an id that does
@@ -74,7 +76,10 @@ class Shard:
     tokens: np.ndarray  # [num_tokens] of the store's type, memory-mapped
     offsets: np.ndarray  # [num_documents + 1] uint64, memory-mapped
     weight: float  # passes over this source per epoch
-    files: tuple[MappedFile, ...] = ()  # that the two lie in
+    files: tuple[MappedFile, ...] = ()  # that these arrays lie in
+    entries: np.ndarray | None = (
+        None  # [num_tokens] int32, memory-mapped; None where the source has no labels
+    )
 
     def check(self) -> None:
         """DataError if a file was cut off or altered since it was opened; for readers, before and after they read."""
@@ -193,27 +198,36 @@ class Store:
         """Of a synthetic source: its entropy rate in nats per token (`rate_nats`), the floor of any loss; or None."""
         return self.manifest["synthetic"]
 
+    @property
+    def entries_of(self) -> str | None:
+        """sha256 of the knowledge source whose rows the labels name; None where it was not said."""
+        named = self.manifest.get("entries_of")
+        return None if named is None else str(named["sha256"])
+
     def _open_split(self, split: str) -> list[Shard]:
         shards = []
         for name, counts in self.manifest["splits"][split]["sources"].items():
             if counts["documents"] == 0:
                 continue
+            kinds = {"tokens_file": self.dtype, "offsets_file": "<u8", "entries_file": "<i4"}
             files = tuple(
                 MappedFile(
                     self.path / file["path"], dtype, size_bytes=file["size_bytes"], blake2b=file["blake2b"]
                 )
-                for file, dtype in ((counts["tokens_file"], self.dtype), (counts["offsets_file"], "<u8"))
+                for file, dtype in ((counts[kind], dtype) for kind, dtype in kinds.items() if kind in counts)
             )
-            tokens, offsets = (file.array for file in files)
+            tokens, offsets, *labels = (file.array for file in files)
             if (
                 len(offsets) != counts["documents"] + 1
                 or int(offsets[-1]) != len(tokens)
                 or int(offsets[0]) != 0
+                or any(len(entries) != len(tokens) for entries in labels)
             ):
                 raise DataError(
-                    f"The store {self.path} contradicts itself: offsets and tokens of {name} do not fit."
+                    f"The store {self.path} contradicts itself: offsets, tokens and labels of {name} do not fit."
                 )
-            shards.append(Shard(name, tokens, offsets, self.manifest["sources"][name]["weight"], files))
+            weight = self.manifest["sources"][name]["weight"]
+            shards.append(Shard(name, tokens, offsets, weight, files, labels[0] if labels else None))
         return shards
 
 
@@ -223,8 +237,8 @@ def files_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
         counts[kind]
         for split in SPLITS
         for counts in manifest["splits"][split]["sources"].values()
-        for kind in ("tokens_file", "offsets_file")
-        if counts["documents"]
+        for kind in ("tokens_file", "offsets_file", "entries_file")
+        if counts["documents"] and kind in counts
     ]
     return of_splits
 
@@ -240,6 +254,8 @@ def content_fingerprint(manifest: dict[str, Any]) -> str:
         "weights": {name: source["weight"] for name, source in manifest["sources"].items()},
         "synthetic": manifest["synthetic"],
     }
+    if "entries_of" in manifest:
+        content["entries_of"] = manifest["entries_of"]["sha256"]
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

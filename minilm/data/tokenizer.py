@@ -107,7 +107,11 @@ class Tokenizer:
             names = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
             raise DataError(f"{path} is not a tokenizer folder: it has no tokenizer.json, but {names}.")
         try:
-            hf = AutoTokenizer.from_pretrained(name.removeprefix("hf:"), local_files_only=not is_name)
+            hf = AutoTokenizer.from_pretrained(
+                name.removeprefix("hf:"),
+                local_files_only=not is_name,
+                trust_remote_code=False,  # left out, transformers asks on the terminal
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"The tokenizer {name} cannot be read: {_first_line(error)}") from error
         return cls(hf, str(folder_or_name))
@@ -194,6 +198,13 @@ class Tokenizer:
             for row, text in zip(ids, texts, strict=True):
                 self._checked(row, text)
         return ids
+
+    def encode_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """As `encode_batch`, with the characters that each token stands for: first, and end (exclusive)."""
+        for text in texts:
+            _utf8(text)
+        encoded = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(self._checked(e.ids, text), e.offsets) for e, text in zip(encoded, texts, strict=True)]
 
     def document(self, text: str) -> list[int]:
         """What the model is trained on: [BOS] + text + EOS; no BOS where the tokenizer has none."""

@@ -11,15 +11,19 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from minilm.doctor.blocks import replaced, stream
 
 DIRECTIONS = 3
 WIDE, NARROW = 8e-3, 4e-3  # steps in float64, of the tensor's own size; parts of most models stay in float32
 IN_FLOAT32 = 4.0  # times as far there
 SHORT, JUMPY = 1 / 32, 2e-3  # steps where the noise of long ones is more than this
 STANDS = 0.2  # of the slope over long steps: less over short ones is a rounding, straight through
+ITS_INPUT = "(its input)"
 FACTOR = 10.0  # an error counts from so many times its noise on
 
 
@@ -81,6 +85,46 @@ def slopes(
         noise = max(abs(wide - narrow) for _, narrow, wide in part) / unit
         still = all(narrow == wide == 0 for _, narrow, wide in part)
         found.append(Slope(name, error, noise, still, gradient is None or not bool(gradient.any())))
+    return found
+
+
+def slopes_alone(
+    part: nn.Module, args: Any, kwargs: Any, *, seconds: float, parameters: bool = True
+) -> list[Slope]:
+    """One module on its own: the slopes of its output in its first floating input (ITS_INPUT) and in its parameters.
+
+    None where it cannot be called on its own."""
+    given = next(
+        (v for v in [*args, *kwargs.values()] if isinstance(v, Tensor) and v.is_floating_point()), None
+    )
+    given = stream(args) if given is None else given
+    tensors: dict[str, Tensor] = {n: p for n, p in part.named_parameters() if p.requires_grad}
+    tensors = tensors if parameters else {}
+    leaf = None
+    if given is not None:
+        leaf = given.detach().clone().requires_grad_()
+        tensors[ITS_INPUT] = leaf
+
+    def value() -> Tensor:
+        new = leaf if leaf is None else leaf.clone()  # a module may write into what it is given
+        a, k = (args, kwargs) if given is None else (replaced(args, given, new), replaced(kwargs, given, new))
+        made = part(*a, **k)
+        made = made if isinstance(made, Tensor) else next(v for v in made if isinstance(v, Tensor))
+        weights = torch.randn(made.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        return (made.double() * weights.to(made.device)).mean()
+
+    try:
+        return slopes(value, tensors, over=list(part.parameters()), fixed=fixed_rows(part), seconds=seconds)
+    except (RuntimeError, TypeError, ValueError, StopIteration):
+        return []
+
+
+def fixed_rows(module: nn.Module) -> dict[str, int]:
+    """Rows of embeddings that get no gradient by design."""
+    found: dict[str, int] = {}
+    for part in module.modules():
+        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            found |= {n: part.padding_idx for n, p in module.named_parameters() if p is part.weight}
     return found
 
 

@@ -152,6 +152,7 @@ class Subject:
     module          what has the parameters; train() and eval() are called on it
     unused          parameters (patterns of names) that get no gradient by design
     initial_stds    pattern of parameter names -> standard deviation of freshly drawn values, by the owner's rule
+    same_start      patterns of parameter names that begin alike by design, whatever the seed gives them
     resize          module, new size of the vocabulary -> the module with that size
     fresh           its weights are freshly drawn (False: loaded or trained)
     build           seed -> a freshly drawn subject of the same kind
@@ -195,6 +196,7 @@ class Subject:
     module: nn.Module | None = None
     unused: tuple[str, ...] = ()
     initial_stds: Mapping[str, float] = field(default_factory=dict)
+    same_start: tuple[str, ...] = ()
     resize: Callable[[nn.Module, int], nn.Module] | None = None
     fresh: bool = True
     build: Callable[[int], Subject] | None = None

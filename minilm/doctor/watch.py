@@ -1,8 +1,9 @@
 """The checks that can be afforded while a run trains, on the very objects that train.
 
 At every step: the learning rates against the plan, the mode of every module. At intervals, as often as `share` of the
-time allows: the loss of the step computed again by another way, the frame of its targets, random tokens against ln V,
-train mode against eval mode, parameters without a gradient, rows that come twice in an epoch.
+time allows (a first time when a look has been paid for): the loss of the step computed again by another way, the frame
+of its targets, random tokens against ln V, train mode against eval mode, parameters without a gradient, rows that come
+twice in an epoch.
 
 A `training.watch.Watcher`: every rank calls it, and what one rank finds all ranks know.
 """
@@ -25,7 +26,10 @@ from minilm.doctor.probes import FLOAT32_NOISE, difference, random_states_kept
 from minilm.errors import CheckFailed
 from minilm.training.watch import StepView
 
-FIRST_LOOK = 2  # after the first step, whose time is not typical
+# Steps: what a look costs (1.1 measured: the forward passes of the step again, row by row), and a reserve. The first
+# look comes when so many steps are `share` of those done: a number that every rank knows, whatever its clock says.
+FIRST_LOOK_COST = 1.5
+LEAST_ROOM = 0.1  # of `share`, that is left for looks however much the work at every step takes
 MOST_ROWS_REMEMBERED = 1_000_000  # hashes of 8 bytes: of an epoch, for rows that come twice
 # Relative. float32: the same sums in another order, 1e-6 measured. bfloat16: another rounding of each logit, 1e-3.
 REPLAY_ERROR = {"fp32": 1e-4, "bf16": 1e-2}
@@ -42,7 +46,7 @@ class Watch:
     """Looks at steps; `report(step, finding)` is called for each new failure, `note(step, values)` after each look.
 
     planned_rates  step from 0 -> the rates that the log must show (column -> value)
-    share          of the time that looking may take
+    share          of the time that looking may take; a process that does less than 1.5 / share steps takes no look
     stop           raise CheckFailed at a failure, instead of going on
     """
 
@@ -62,9 +66,11 @@ class Watch:
         self.steps_per_epoch, self.report, self.share, self.stop = steps_per_epoch, report, share, stop
         self.note = note
         self.findings: dict[str, Finding] = {}  # the latest of each kind
-        self.seconds = 0.0
-        self._begun: float | None = None
-        self._next_look = FIRST_LOOK
+        self.seconds = 0.0  # of this process, in all
+        self._look_seconds = 0.0  # of the latest look
+        self._standing_seconds = 0.0  # of all steps without a look
+        self._begun: tuple[int, float] | None = None  # the first step of this process, and when it began
+        self._next_look = 0
         self._looking = False
         self._replayed: tuple[float, float] | None = None
         self._new: list[Finding] = []
@@ -75,8 +81,12 @@ class Watch:
     # ---- the watcher
 
     def wants(self, step: int) -> bool:
-        self._begun = self._begun or time.perf_counter()
+        if self._begun is None:
+            self._begun = step, time.perf_counter()
+            self._next_look = step - 1 + math.ceil(FIRST_LOOK_COST / self.share)
         self._looking = step >= self._next_look
+        if self._looking:
+            self._look_seconds = 0.0
         return True
 
     def before_update(self, view: StepView) -> None:
@@ -88,7 +98,7 @@ class Watch:
             with torch.no_grad(), random_states_kept(), view.layout.autocast():
                 self._replayed = None if self.has_dropout else _replay(view)
                 self._new += [_random_floor(view), *self._two_modes(view)]
-        self.seconds += time.perf_counter() - start
+        self._spend(time.perf_counter() - start)
 
     def after_step(self, view: StepView, values: Mapping[str, Any]) -> Mapping[str, Any]:
         start = time.perf_counter()
@@ -99,28 +109,37 @@ class Watch:
             found.append(again)
             columns["replay_error"] = again.measured or 0.0
         self._settle(view, found)
-        self.seconds += time.perf_counter() - start
+        self._spend(time.perf_counter() - start)
         if self._looking:
             columns["failures"] = sum(f.status == "FAIL" for f in self.findings.values())
-            columns["share_of_time"] = self._spent()
+            columns["share_of_time"] = self.seconds / self._elapsed()
             self.note(view.step, columns)  # a line of its own: when a look comes depends on the clock
-            self._next_look = view.step + self._interval(time.perf_counter() - start, view)
+            self._next_look = view.step + self._interval(view)
         return {}
 
     # ---- how often
 
-    def _spent(self) -> float:
-        assert self._begun is not None
-        return self.seconds / max(time.perf_counter() - self._begun, 1e-9)
+    def _spend(self, seconds: float) -> None:
+        self.seconds += seconds
+        if self._looking:
+            self._look_seconds += seconds
+        else:
+            self._standing_seconds += seconds
 
-    def _interval(self, look_seconds: float, view: StepView) -> int:
-        """Steps until the next look: the same on every rank, so that share is kept by the slowest."""
+    def _elapsed(self) -> float:
         assert self._begun is not None
-        elapsed = time.perf_counter() - self._begun
-        per_step = elapsed / max(1, view.step)
-        wanted = max(1.0, (self.seconds / self.share - elapsed) / max(per_step, 1e-9))
-        total = view.layout.all_reduce([min(wanted, 1e9)])[0]
-        return max(1, int(total / view.layout.world_size))
+        return max(time.perf_counter() - self._begun[1], 1e-9)
+
+    def _interval(self, view: StepView) -> int:
+        """Steps until the next look, so that `share` is kept when that look is over. The same on every rank."""
+        assert self._begun is not None
+        elapsed, done = self._elapsed(), view.step - self._begun[0] + 1
+        # n steps on: seconds + n standing + look = share (elapsed + n per_step), the look costing what the latest did
+        per_step, standing = elapsed / done, self._standing_seconds / done
+        each = max(self.share * per_step - standing, LEAST_ROOM * self.share * per_step)
+        wanted = (self.seconds + self._look_seconds - self.share * elapsed) / each
+        total = view.layout.all_reduce([min(max(wanted, 1.0), 1e9)])[0]
+        return max(1, math.ceil(total / view.layout.world_size))
 
     # ---- what is known after a step
 

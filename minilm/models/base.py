@@ -81,6 +81,10 @@ class ModelConfig:
         """Parameters that work on one token: all of them, but where a router chooses."""
         return self.num_parameters()
 
+    def table_bytes(self) -> int:
+        """Bytes of what a model reads and does not train, beside its parameters: the entries of a memory."""
+        return 0
+
     def flops_per_token(self, sequence_length: int) -> int:
         """Floating point operations of one forward pass per token, in rows of `sequence_length` tokens.
 

@@ -16,12 +16,14 @@ from minilm.errors import ConfigError
 class CachedRows:
     """Which tokens a cache has seen. Room for `max_length` tokens (padding included) in each of `batch_rows` rows.
 
+    tokens     [B, max_length] int64: what a memory looks back at
     segments   [B, max_length] int64, as given to the model; 0 is padding
     positions  [B, max_length] int64
     length     tokens stored in each row
     """
 
     def __init__(self, batch_rows: int, max_length: int, device: torch.device | str) -> None:
+        self.tokens = torch.zeros(batch_rows, max_length, device=device, dtype=torch.long)
         self.segments = torch.zeros(batch_rows, max_length, device=device, dtype=torch.long)
         self.positions = torch.zeros(batch_rows, max_length, device=device, dtype=torch.long)
         self.max_length = max_length
@@ -61,7 +63,7 @@ class CachedRows:
                 last = torch.where(same, self.positions[:, None, : self.length], -1).amax(dim=2)
                 positions = torch.where(segments > 0, positions + last + 1, 0)
         new = slice(self.length, self.length + length)
-        self.segments[:, new], self.positions[:, new] = segments, positions
+        self.tokens[:, new], self.segments[:, new], self.positions[:, new] = inputs, segments, positions
         self._pending = length
         return segments, positions
 
@@ -69,6 +71,16 @@ class CachedRows:
     def all_segments(self) -> Tensor:
         """[B, S] segments of the stored tokens and of those announced."""
         return self.segments[:, : self.length + self._pending]
+
+    @property
+    def all_positions(self) -> Tensor:
+        """[B, S] positions, of the same tokens."""
+        return self.positions[:, : self.length + self._pending]
+
+    @property
+    def all_tokens(self) -> Tensor:
+        """[B, S] ids, of the same tokens."""
+        return self.tokens[:, : self.length + self._pending]
 
     def commit(self) -> None:
         """The forward pass is complete: its tokens count. One that failed leaves the cache as it was."""

@@ -61,14 +61,24 @@ def save(model: nn.Module, folder: str | Path, state: Mapping[str, Tensor] | Non
 
 
 def load(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    knowledge: str | None = None,
 ) -> nn.Module:
     """The model of a folder, in evaluation mode. `dtype` None keeps what was saved.
+
+    knowledge  folder of a knowledge store that is to be read in place of the one that the model was trained with
 
     Raises CheckpointError naming every difference. Draws nothing from the caller's random generator.
     """
     folder = Path(folder)
     config = read_config(folder)
+    if knowledge is not None:
+        if not getattr(config, "layers", ()):
+            raise CheckpointError(f"{folder} holds a model without a knowledge memory: it can read no store.")
+        config = dataclasses.replace(config, store=knowledge, store_fingerprint="")
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced at once
         model = models.build(config)
     state = model.state_dict(keep_vars=True)
@@ -137,7 +147,16 @@ def _portable(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_other_config(ours: models.ModelConfig, saved: models.ModelConfig, folder: Path) -> None:
-    free = {"attention", "dropout", "init_std"}  # they change no stored number and no shape
+    # They change no stored number and no shape. Of a knowledge store the fingerprint counts, not the place.
+    free = {
+        "attention",
+        "dropout",
+        "init_std",
+        "store",
+        "retrieval_weight",
+        "memory_balance_weight",
+        "freeze_keys",
+    }
     a, b = dataclasses.asdict(saved), dataclasses.asdict(ours)
     wrong = [
         f"{key} is {a.get(key, 'absent')!r} in the folder, {b.get(key, 'absent')!r} here"

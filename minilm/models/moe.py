@@ -7,18 +7,24 @@ feed-forward work on each token, so that parameters are about three times as man
 
 The experts of a layer are three stacked parameters [experts, rows, columns], of which an optimizer sees stacks of
 matrices; an expert that no token chose has a gradient of zeros, on every rank alike. Tokens are sorted by expert,
-and each expert works on one contiguous group.
+and each expert works on one contiguous group: one after another, or all in one call of `torch.nn.functional.grouped_mm`
+where that has a kernel that reads the borders of the groups on the device (bfloat16 on CUDA from Hopper on). Elsewhere
+torch itself goes from group to group: measured on a CPU, in the same time, and a token would come out different by its
+company.
 
 Losses of its own, in `Output.auxiliary`, weighted, the mean over layers of what each layer has by itself:
-    balance     Switch's (arXiv 2101.03961): experts x sum of (share of choices) x (mean probability); 1 when even
+    balance     experts x sum of (share of choices) x (mean probability) within a row; 1 when even
     router_z    ST-MoE's (arXiv 2202.08906): mean of logsumexp(logits)^2, which keeps logits small; off by default
-Both are means over the tokens of one forward pass that predict something. Balance is not linear in tokens: with several
-micro-batches or ranks it is the mean of theirs, not that of the whole step.
+Both are means over the tokens that predict something. Balance is Switch's formula (arXiv 2101.03961) row by row, as
+DeepSeek-V3 has it (arXiv 2412.19437, complementary sequence-wise loss): a product of two means over all tokens of a
+step would need the choices of every micro-batch and rank before the first backward, while a mean over rows is the same
+however the step is cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -30,7 +36,9 @@ from torch import Tensor, nn
 from minilm.models import register
 from minilm.models.attention import Plan
 from minilm.models.original import Original, OriginalConfig
-from minilm.models.parts import Block, SwiGLU
+from minilm.models.parts import Block, SwiGLU, compute_dtype
+
+USAGE = "usage/blocks."
 
 
 def _size(fields: dict[str, Any], num_experts: int) -> dict[str, Any]:
@@ -114,20 +122,32 @@ class MoE(Original):
         layers = []
         for block in self.blocks:
             x, logits = self.passed(block, x, plan)
-            layers.append(logits.flatten(0, 1))
+            layers.append(logits)
         if plan.cache is not None:  # generation: nobody learns
             return x, {}
         keep = x.new_ones(x.shape[:2], dtype=torch.bool) if segments is None else predicting(segments)
+        if self.collector is not None:
+            for layer, logits in enumerate(layers):
+                self.collect(f"{USAGE}{layer}", choices(logits, keep, self.config.top_k)[1].sum(dim=(0, 1)))
         config, auxiliary = self.config, {}
         if config.balance_weight:
-            auxiliary["balance"] = config.balance_weight * self.balance(layers, keep.flatten())
+            auxiliary["balance"] = config.balance_weight * balance(layers, keep, config.top_k)
         if config.router_z_weight:
-            auxiliary["router_z"] = config.router_z_weight * router_z(layers, keep.flatten())
+            auxiliary["router_z"] = config.router_z_weight * router_z(layers, keep)
         return x, auxiliary
 
-    def balance(self, layers: Sequence[Tensor], keep: Tensor) -> Tensor:
-        """Router logits [N, experts] of each layer, keep [N] bool -> the balance loss, not weighted."""
-        return balance(layers, keep, self.config.top_k)
+    def counted(self, segments: Tensor, entries: Tensor | None = None) -> dict[str, Tensor]:
+        weights = {"balance": self.config.balance_weight, "router_z": self.config.router_z_weight}
+        count = predicting(segments).sum(dtype=torch.float64)
+        return {name: count for name, weight in weights.items() if weight}
+
+    def columns(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """For each layer the share of the choices that each expert has, the evenness of the shares, idle experts."""
+        found = super().columns(sums)
+        for name, chosen in sums.items():
+            if name.startswith(USAGE) and bool(chosen.any()):
+                found |= {f"{name}/{column}": value for column, value in shares(chosen).items()}
+        return found
 
 
 class MoEBlock(Block):
@@ -179,21 +199,34 @@ class Experts(nn.Module):
         weights, experts = logits.softmax(dim=-1).topk(self.top_k, dim=-1)
         return experts, weights / weights.sum(dim=-1, keepdim=True)
 
-    def groups(self, experts: Tensor) -> tuple[Tensor, list[int]]:
-        """Choices [N, k] -> the order [N k] that sorts them by expert, and how many each expert has."""
-        order = experts.flatten().argsort(stable=True)
-        return order, torch.bincount(experts.flatten(), minlength=self.num_experts).tolist()
+    def groups(self, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """Choices [N, k] -> the order [N k] that sorts them by expert, and where each expert's group ends, int32 [E].
+
+        Nothing here waits for an accelerator, as counting (`bincount`) would.
+        """
+        by_expert, order = experts.flatten().sort(stable=True)
+        every = torch.arange(self.num_experts, device=experts.device)
+        return order, torch.searchsorted(by_expert, every, right=True, out_int32=True)
 
     def worked(self, flat: Tensor, experts: Tensor) -> Tensor:
         """States [N, D] through the experts [N, k] -> [N, k, D], not weighted."""
-        order, sizes = self.groups(experts)
+        order, ends = self.groups(experts)
         # Each choice has its own copy of the state, so that both indexings are permutations: no sum whose order
         # could change from run to run, forward or backward.
         copies = flat.unsqueeze(1).expand(-1, self.top_k, -1).flatten(0, 1)
-        groups = copies[order].split(sizes)
-        stacks = zip(self.gate.unbind(), self.up.unbind(), self.down.unbind(), strict=True)
-        done = [_expert(group, *own) for group, own in zip(groups, stacks, strict=True) if len(group)]
-        return torch.cat(done)[order.argsort()].unflatten(0, experts.shape)
+        stacks = self.gate, self.up, self.down
+        through = at_once if _runs_at_once(flat, self.gate) else one_by_one
+        return through(copies[order], ends, *stacks)[order.argsort()].unflatten(0, experts.shape)
+
+
+def one_by_one(x: Tensor, ends: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Sorted states [n, D] through the SwiGLU of their expert, [experts, rows, columns] -> [n, D].
+
+    The sizes of the groups are needed here: one synchronisation with an accelerator.
+    """
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    stacks = zip(gate.unbind(), up.unbind(), down.unbind(), strict=True)
+    return torch.cat([_expert(own, *s) for own, s in zip(x.split(sizes), stacks, strict=True) if len(own)])
 
 
 def _expert(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -201,6 +234,33 @@ def _expert(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     rows = len(x)
     x = F.pad(x, (0, 0, 0, max(0, Experts.FEWEST_ROWS - rows)))
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)[:rows]
+
+
+def at_once(x: Tensor, ends: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The same in three products, without a loop and without a synchronisation."""
+    dtype = compute_dtype(gate)  # grouped_mm knows nothing of autocast
+
+    def product(x: Tensor, stack: Tensor) -> Tensor:
+        return F.grouped_mm(x, stack.to(dtype).transpose(1, 2), offs=ends)
+
+    x = x.to(dtype)
+    return product(F.silu(product(x, gate)) * product(x, up), down)
+
+
+def _runs_at_once(x: Tensor, stack: Tensor) -> bool:
+    """Is there a kernel of grouped_mm for this: its rows must begin at multiples of 16 bytes.
+
+    Read off the sources of torch 2.11 to 2.13; everywhere else its own fallback is a loop with a synchronisation.
+    """
+    return (
+        x.is_cuda
+        and torch.version.hip is None
+        and compute_dtype(stack) == torch.bfloat16
+        and hasattr(F, "grouped_mm")
+        and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+        and stack.shape[1] % 8 == 0
+        and stack.shape[2] % 8 == 0
+    )
 
 
 def predicting(segments: Tensor) -> Tensor:
@@ -216,24 +276,42 @@ def predicting(segments: Tensor) -> Tensor:
 
 
 def balance(layers: Sequence[Tensor], keep: Tensor, top_k: int) -> Tensor:
-    """Mean over layers of experts x sum over experts of (share of the choices) x (mean probability).
+    """Mean over layers and kept tokens of how unevenly the token's row uses the experts.
 
-    layers  router logits [N, experts] of each layer
-    keep    [N] bool, False at padding; 0 where nothing is kept
+    layers  router logits [B, L, experts] of each layer
+    keep    [B, L] bool, which tokens count; 0 where none does
+
+    For a row with n kept tokens: experts x sum over experts of (share of its n x top_k choices) x (mean probability).
     """
-    count = keep.sum().clamp(min=1)
+    num_tokens = keep.sum(dim=1).clamp(min=1)  # [B]
     unevenness = []  # of each layer, 1 when even
     for logits in layers:
-        num_experts = logits.shape[-1]
-        probabilities = logits.softmax(dim=-1)
-        chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(top_k).indices, 1.0)
-        kept = keep.unsqueeze(1).to(probabilities.dtype)
-        share = (chosen * kept).sum(dim=0) / (count * top_k)  # a count: it has no gradient
-        unevenness.append(num_experts * (share * (probabilities * kept).sum(dim=0) / count).sum())
+        probabilities, chosen = choices(logits, keep, top_k)
+        share = chosen.sum(dim=1) / (num_tokens * top_k).unsqueeze(
+            -1
+        )  # [B, experts]: a count has no gradient
+        # A row's mean probability times its n tokens is this sum.
+        of_rows = logits.shape[-1] * (share * probabilities.sum(dim=1)).sum(dim=-1)  # [B]
+        unevenness.append(of_rows.sum() / keep.sum().clamp(min=1))
     return torch.stack(unevenness).mean(dim=0)
+
+
+def choices(logits: Tensor, keep: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Logits [B, L, experts] -> probabilities, and 1 where an expert is chosen; both 0 where keep [B, L] is not."""
+    probabilities, kept = logits.softmax(dim=-1), keep.unsqueeze(-1)
+    chosen = torch.zeros_like(probabilities).scatter(-1, probabilities.topk(top_k).indices, 1.0)
+    return probabilities * kept, chosen * kept
+
+
+def shares(chosen: Tensor) -> dict[str, float]:
+    """How often each expert was chosen [experts] -> columns of the log; `evenness` is the entropy over its largest."""
+    share = chosen / chosen.sum()
+    evenness = float(torch.special.entr(share).sum()) / math.log(len(share))
+    each = {f"expert_{number}": float(value) for number, value in enumerate(share)}
+    return each | {"evenness": evenness, "idle_experts": float((chosen == 0).sum())}
 
 
 def router_z(layers: Sequence[Tensor], keep: Tensor) -> Tensor:
     """Mean over layers and kept tokens of logsumexp(logits)^2; shapes as in `balance`."""
-    squares = torch.stack([logits.logsumexp(dim=-1).square() * keep for logits in layers])  # [layers, N]
+    squares = torch.stack([logits.logsumexp(dim=-1).square() * keep for logits in layers])  # [layers, B, L]
     return squares.sum() / (keep.sum().clamp(min=1) * len(layers))

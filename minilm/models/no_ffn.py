@@ -79,8 +79,11 @@ class NoFFN(Original):
     config: NoFFNConfig
 
     def block(self, layer: int) -> nn.Module:
-        attention = NormedAttention if self.config.qk_norm else Attention
-        return AttentionBlock(self.config, attention(self.config, layer))
+        return AttentionBlock(self.config, self.attention(layer))
+
+    def attention(self, layer: int) -> Attention:
+        """The attention of block number `layer`."""
+        return (NormedAttention if self.config.qk_norm else Attention)(self.config, layer)
 
 
 class NormedAttention(Attention):

@@ -6,7 +6,7 @@ biases, the output layer tied to the embedding. Computes what `transformers.Llam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +19,7 @@ from minilm.models.attention import Plan, plan
 from minilm.models.base import ModelConfig, Output
 from minilm.models.cache import KVCache, positions_within
 from minilm.models.parts import Block, RMSNorm, Rotary, SwiGLU, compute_dtype
+from minilm.models.uniformity import columns_of, pairwise
 
 
 def _shape(*values: int) -> dict[str, Any]:
@@ -69,6 +70,8 @@ class OriginalConfig(ModelConfig):
 class Original(nn.Module):
     """model(inputs [B, L], segments, positions, cache) -> Output. Knows nothing of losses."""
 
+    takes_entries = False  # does forward want to know which entry each target needs (`Batch.entries`)
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -81,6 +84,8 @@ class Original(nn.Module):
             self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         # How training goes through a block instead of calling it: recomputed, compiled.
         self.through: Callable[[nn.Module, Tensor, Plan], Any] | None = None
+        # Where forwards add what is to be told about them (`collect`); nobody asks: None.
+        self.collector: dict[str, Tensor] | None = None
         self.initialise()
 
     def block(self, layer: int) -> nn.Module:
@@ -143,6 +148,16 @@ class Original(nn.Module):
 
         Raises ConfigError for sequences longer than `max_length`, DataError for shapes that do not fit.
         """
+        return self._forward(inputs, segments, positions, cache)
+
+    def _forward(
+        self,
+        inputs: Tensor,
+        segments: Tensor | None,
+        positions: Tensor | None,
+        cache: KVCache | None,
+        entries: Tensor | None = None,
+    ) -> Output:
         self._check(inputs, segments, positions)
         if cache is not None:
             segments, positions = cache.begin(inputs, segments, positions)
@@ -157,17 +172,50 @@ class Original(nn.Module):
             head_dim=self.config.head_dim,
             cache=cache,
         )
+        shared = self.extended(shared, inputs, segments, entries)
         x = self.dropout(self.embedding(inputs))  # [B, L, D]
         x, auxiliary = self.stack(x, shared, segments)
         if cache is not None:
             cache.commit()
-        return Output(self.norm(x), self.head_weight, auxiliary)
+        hidden = self.norm(x)
+        if self.collector is not None and cache is None:
+            for name, value in pairwise(hidden, segments).items():
+                self.collect(name, value)
+        return Output(hidden, self.head_weight, auxiliary)
+
+    def extended(self, shared: Plan, inputs: Tensor, segments: Tensor | None, entries: Tensor | None) -> Plan:
+        """The plan with what else the blocks of a variant want to know of the rows."""
+        return shared
 
     def stack(self, x: Tensor, plan: Plan, segments: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """x [B, L, D] through all blocks, and the model's own losses: what a variant with such losses replaces."""
         for block in self.blocks:
             x = self.passed(block, x, plan)
         return x, {}
+
+    def counted(self, segments: Tensor, entries: Tensor | None = None) -> dict[str, Tensor]:
+        """How many tokens of these rows count for each auxiliary loss, before any forward: float64 scalars.
+
+        An auxiliary loss is a mean over tokens; with these counts the step makes the mean over all its micro-batches
+        and ranks of it, exactly. The names are those of `Output.auxiliary`, and the same for any rows.
+
+        segments, entries  [B, L] of a `Batch`
+        """
+        return {}
+
+    def collect(self, name: str, value: Tensor) -> None:
+        """Add a statistic of this forward, a sum over its tokens of any shape, to what is collected, if it is.
+
+        To be called where a forward comes by once: not inside of blocks, which may be computed again.
+        """
+        if self.collector is not None:
+            before = self.collector.get(name)
+            now = value.detach().double()
+            self.collector[name] = now if before is None else before + now
+
+    def columns(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """What was collected, summed over the micro-batches and ranks of a step -> columns of the step's line."""
+        return columns_of(sums)
 
     def passed(self, block: nn.Module, x: Tensor, plan: Plan) -> Any:
         """What a block returns: in training it may be recomputed or compiled."""

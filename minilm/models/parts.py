@@ -142,7 +142,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, plan: Plan) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), plan))
+        return self.fed(self.attended(x, plan))
+
+    def attended(self, x: Tensor, plan: Plan) -> Tensor:
+        """The first half, x [B, L, D] -> [B, L, D]: a variant may put something between the two."""
+        return x + self.dropout(self.attention(self.attention_norm(x), plan))
+
+    def fed(self, x: Tensor) -> Tensor:
+        """The second half."""
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
@@ -156,7 +163,15 @@ class AttentionBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, plan: Plan) -> Tensor:
+        return self.fed(self.attended(x, plan))
+
+    def attended(self, x: Tensor, plan: Plan) -> Tensor:
+        """As of `Block`."""
         return x + self.dropout(self.attention(self.attention_norm(x), plan))
+
+    def fed(self, x: Tensor) -> Tensor:
+        """There is no second half."""
+        return x
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

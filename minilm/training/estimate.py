@@ -4,7 +4,8 @@ Held against measurements on a CPU: the activations agree with the tensors that 
 (tests/test_training_estimate.py). The rules for CUDA and for ZeRO are read off the sources of torch and DeepSpeed:
 computed, not measured. Not counted: the CUDA context, the allocator's fragmentation, communication libraries.
 
-What autograd keeps for the backward pass of `original`, in bytes per position and layer. c is the width of the
+What autograd keeps for the backward pass of `original`, in bytes per position and layer (for the variants that are
+derived, `BLOCKS` has what differs). c is the width of the
 compute type (float32 4, bfloat16 2), D = dim, F = hidden_dim, H and K query and key/value heads of size d, L the
 length of a row.
 
@@ -29,8 +30,9 @@ Recomputed blocks keep their input, 4 D (2 D in bfloat16 weights), and one block
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from minilm.models.base import ModelConfig
 from minilm.training.layout import BUCKET, Kind
@@ -127,61 +129,168 @@ def memory(
 
 
 def activations(config: ModelConfig, spread: Spread, *, length: int, backend: str) -> dict[str, int] | None:
-    """Bytes that autograd keeps of one micro-batch, by part; None for models other than `original`.
+    """Bytes that autograd keeps of one micro-batch, by part; None for models that nobody has derived.
 
     See the module's text for the derivation.
     """
-    if config.name != "original":
+    of_block = BLOCKS.get(config.name)
+    if of_block is None:
         return None
-    cuda, dropout = spread.device == "cuda", config.dropout > 0
-    autocast = spread.bf16 and spread.kind != "zero"
-    c = 2 if spread.bf16 else 4
-    residual = 2 if spread.bf16 and not autocast else 4  # the embedding's own type
-    dim, heads = config.dim, config.num_heads
-    norm = 4 * dim * (1 if cuda else 2) + 4
-    masks = {"embedding": 0, "block": 0}
-    if dropout:
-        masks = {
-            "embedding": dim * (1 if cuda else residual),
-            "block": 2 * dim * (1 if cuda else c),
-        }
-
-    attention = _fused(config, length, c, backend, cuda)
-    if backend == "eager":
-        rounded = c if spread.bf16 else 0
-        weights = 4 + ((1 if cuda else c) + c if dropout else rounded)
-        attention = 3 * c * dim + weights * heads * length + length
-    elif backend == "sdpa" and dropout and not cuda:
-        attention = 3 * 4 * (dim + heads * length)  # written out, in float32
-    inputs = 2 * c * dim
-    feed_forward = c * dim * (2 if autocast else 1) + 4 * c * config.hidden_dim
+    case = Case.of(config, spread, length=length, backend=backend)
+    c, dim, cuda = case.c, config.dim, case.cuda
+    inside = {name: value for name, value in of_block(config, case).items() if name in _INSIDE}
     positions, layers = spread.rows * length, config.num_layers
-    once = norm + 4 * config.head_dim + 8 + masks["embedding"]
-    groups = config.parameter_groups()
-    copies = 2 * (groups["attention"] + groups["feed-forward"]) if autocast else 0
+    mask = dim * (1 if cuda else case.residual) if case.dropout else 0
+    once = case.norm + 4 * config.head_dim + 8 + mask
     kept = 1 if spread.recompute else layers  # blocks whose inside is there at once
-    mask = length if backend != "flash" else 0  # [rows, 1, L, L] of bool, handed to the second run
+    handed = case.keys if backend != "flash" else 0  # the mask [rows, 1, L, keys] of bool, for the second run
     return {
-        "borders of blocks": positions * (layers * residual * dim + mask) if spread.recompute else 0,
-        "norms": positions * kept * 2 * norm,
-        "attention": positions * kept * (inputs + attention),
-        "feed-forward": positions * kept * feed_forward,
-        "dropout": positions * kept * masks["block"],
+        "borders of blocks": positions * (layers * case.residual * dim + handed) if spread.recompute else 0,
+        **{name: round(positions * kept * inside.get(name, 0)) for name in _INSIDE},
         "embedding and last norm": positions * once,
         "output layer": positions * c * dim + 4 * config.vocab_size * dim,
-        "bf16 copies of weights": copies,
+        "bf16 copies of weights": 2 * _products(config) if case.autocast else 0,
     }
 
 
-def _fused(config: ModelConfig, length: int, c: int, backend: str, cuda: bool) -> int:
-    """Bytes per position and layer of the flash kernels, in torch or in the package."""
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What the derivation of a block depends on, beside its config."""
+
+    c: int  # bytes of the compute type
+    residual: int  # of the stream between blocks: the embedding's own type
+    norm: int  # bytes that a norm over the stream keeps per position
+    autocast: bool
+    bf16: bool
+    cuda: bool
+    dropout: bool
+    backend: str
+    length: int
+    keys: int  # that a query meets, whether it may attend to them or not
+
+    @classmethod
+    def of(cls, config: ModelConfig, spread: Spread, *, length: int, backend: str) -> Case:
+        autocast, cuda = spread.bf16 and spread.kind != "zero", spread.device == "cuda"
+        return cls(
+            c=2 if spread.bf16 else 4,
+            residual=2 if spread.bf16 and not autocast else 4,
+            norm=4 * config.dim * (1 if cuda else 2) + 4,
+            autocast=autocast,
+            bf16=spread.bf16,
+            cuda=cuda,
+            dropout=config.dropout > 0,
+            backend=backend,
+            length=length,
+            keys=length + getattr(config, "num_persistent", 0),
+        )
+
+    def masks(self, config: ModelConfig, branches: int) -> int:
+        """Of dropout on the outputs of the branches of a block."""
+        return branches * config.dim * (1 if self.cuda else self.c) if self.dropout else 0
+
+    def swiglu(self, dim: int, hidden_dim: int) -> int:
+        """Its input (autocast rounds it twice, for gate and up), then gate, silu, up and their product."""
+        return self.c * dim * (2 if self.autocast else 1) + 4 * self.c * hidden_dim
+
+
+def _original(config: Any, case: Case) -> dict[str, float]:
+    """Bytes per position of a block: two norms, attention, a feed-forward."""
+    return {
+        "norms": 2 * case.norm,
+        "attention": 2 * case.c * config.dim + _attention(config, case),
+        "feed-forward": case.swiglu(config.dim, config.hidden_dim),
+        "dropout": case.masks(config, 2),
+    }
+
+
+def _no_ffn(config: Any, case: Case) -> dict[str, float]:
+    """One norm, attention, and a norm over the queries and keys of each head."""
+    heads = config.num_heads + config.num_kv_heads
+    normed = 0
+    if config.qk_norm:
+        normed = 4 * heads
+        if case.bf16:
+            normed += (
+                4 * heads * config.head_dim
+            )  # its float32 input; in float32 a view of what is kept anyway
+        elif case.backend == "eager" or (case.dropout and not case.cuda):
+            normed += case.c * (heads + config.num_kv_heads) * config.head_dim  # but not here
+    return {
+        "norms": case.norm + normed,
+        "attention": 2 * case.c * config.dim + _attention(config, case),
+        "dropout": case.masks(config, 1),
+    }
+
+
+def _persistent(config: Any, case: Case) -> dict[str, float]:
+    """One norm, and attention with queries, keys and values of double width; keys and values repeated to all heads."""
+    c, dim, heads = case.c, config.dim, config.num_heads
+    stored = 2 * 2 * dim * case.keys / case.length  # values of keys and values, per position
+    if case.backend == "eager" or (case.dropout and not case.cuda):
+        width = c if case.backend == "eager" else 4
+        attention = width * (2 * dim + stored) + _written_out(heads, case)
+    else:
+        # The output is as wide as the queries; the half that goes on is a copy.
+        attention = c * (2 * dim + stored) + 2 * c * dim + 4 * heads + c * case.keys
+    return {
+        "norms": case.norm,
+        "attention": 2 * c * dim + attention,
+        "dropout": case.masks(config, 1),
+    }
+
+
+def _moe(config: Any, case: Case) -> dict[str, float]:
+    """As `original`; a token's state is copied for each of its experts, and so is what comes out of them."""
+    k, dim = config.top_k, config.dim
+    router = (
+        4 * dim + 8 * config.num_experts + (3 * 8 + 3 * 4) * k
+    )  # input, two softmaxes; orders and weights
+    experts = k * (case.swiglu(dim, config.hidden_dim) + case.c * dim)
+    shared = 0
+    if config.num_shared_experts:
+        shared = case.swiglu(dim, config.num_shared_experts * config.hidden_dim)
+        shared -= 0 if case.bf16 else 4 * dim  # the router's input is this one's
+    return _original(config, case) | {"feed-forward": router + experts + shared}
+
+
+# A variant whose activations were derived has its entry here: config, case -> bytes per position of one block, by part.
+BLOCKS: dict[str, Callable[[Any, Case], dict[str, float]]] = {
+    "original": _original,
+    "no_ffn": _no_ffn,
+    "no_ffn_matched": _no_ffn,
+    "persistent": _persistent,
+    "moe": _moe,
+}
+
+
+def _products(config: ModelConfig) -> int:
+    """Parameters of the matrices in the blocks that autocast rounds."""
+    rounded = ("attention", "feed-forward", "experts", "shared experts")
+    return sum(count for name, count in config.parameter_groups().items() if name in rounded)
+
+
+def _attention(config: ModelConfig, case: Case) -> float:
+    """Bytes per position and layer of plain attention, without the inputs of its two products."""
+    if case.backend == "eager":
+        return 3 * case.c * config.dim + _written_out(config.num_heads, case)
+    if case.backend == "sdpa" and case.dropout and not case.cuda:
+        return 3 * 4 * config.dim + _written_out(config.num_heads, case)
     heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
-    rotated = c * (heads + kv_heads) * size
-    mask = c * length if backend == "sdpa" else 0
-    values = c * (heads + 2 * kv_heads) * size
-    if backend == "sdpa" and cuda and heads != kv_heads:
-        values = 2 * c * heads * size
+    rotated = case.c * (heads + kv_heads) * size
+    mask = case.c * case.length if case.backend == "sdpa" else 0
+    values = case.c * (heads + 2 * kv_heads) * size
+    if case.backend == "sdpa" and case.cuda and heads != kv_heads:
+        values = 2 * case.c * heads * size
     return values + rotated + 4 * heads + mask
+
+
+def _written_out(heads: int, case: Case) -> int:
+    """Scores as a matrix: softmax, its rounded copy, dropout's mask and product, and the mask of who sees whom."""
+    if case.backend != "eager":  # torch's own for dropout on a CPU, in float32
+        return 3 * 4 * heads * case.keys
+    rounded = case.c if case.bf16 else 0
+    weights = 4 + ((1 if case.cuda else case.c) + case.c if case.dropout else rounded)
+    return weights * heads * case.keys + case.keys
 
 
 def _logits(config: ModelConfig, spread: Spread, length: int) -> int:
@@ -192,6 +301,6 @@ def _logits(config: ModelConfig, spread: Spread, length: int) -> int:
     """
     c = 2 if spread.bf16 else 4
     positions = spread.rows * length
-    former = 2 if positions > CHUNK else 1
+    at_once = min(positions, 2 * CHUNK)  # of the former chunk and of this one
     table = c * config.vocab_size * config.dim
-    return former * min(CHUNK, positions) * config.vocab_size * (4 + c) + table * (2 if spread.bf16 else 1)
+    return at_once * config.vocab_size * (4 + c) + table * (2 if spread.bf16 else 1)

@@ -106,8 +106,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def matrices_of(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are Muon's: those of two dimensions or more, but no embedding and not the output layer."""
+    """The parameters that are Muon's: those of two dimensions or more, but no embedding, table or output layer."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(model.head_weight)}
+    for module in model.modules():
+        tables |= {id(module.get_parameter(name)) for name in getattr(module, "tables", {})}
     return [p for p in model.parameters() if p.requires_grad and p.dim() >= 2 and id(p) not in tables]
 
 

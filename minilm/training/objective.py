@@ -20,5 +20,6 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Sum, dict[str, Tensor]]:
         """batch [B, L] on the model's device; raises what the model raises for rows that do not fit it."""
-        output = self.model(batch.inputs, segments=batch.segments, positions=batch.positions)
+        known = {"entries": batch.entries} if getattr(self.model, "takes_entries", False) else {}
+        output = self.model(batch.inputs, segments=batch.segments, positions=batch.positions, **known)
         return score_hidden(output.hidden, self.model.head_weight, batch), dict(output.auxiliary)

@@ -88,6 +88,20 @@ def groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict
     return [part for part in parts if part["params"]]
 
 
+def tables_of(model: nn.Module) -> list[tuple[nn.Parameter, float]]:
+    """Parameters that are looked up, not multiplied with: modules name them in `tables`, name -> multiple of the rate.
+
+    A row that is seldom read would mostly be decayed, and has few steps to learn in: no decay, a rate of its own.
+    """
+    found = []
+    for module in model.modules():
+        for name, scale in getattr(module, "tables", {}).items():
+            parameter = module.get_parameter(name)
+            if parameter.requires_grad:
+                found.append((parameter, float(scale)))
+    return found
+
+
 def build(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over the module's parameters; fused on CUDA.
 
@@ -95,7 +109,12 @@ def build(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """
     matrices = matrices_of(module) if config.name == "muon" else []
     taken = {id(p) for p in matrices}
-    parts = groups((p for p in module.parameters() if id(p) not in taken), config.weight_decay)
+    tables = tables_of(module)
+    rest = [p for p in module.parameters() if id(p) not in taken and id(p) not in {id(t) for t, _ in tables}]
+    parts = groups(rest, config.weight_decay)
+    for scale in sorted({scale for _, scale in tables}):
+        same = [t for t, own in tables if own == scale]
+        parts.append({"params": same, "weight_decay": 0.0, "lr": scale * config.learning_rate, "rate_scale": scale})
     fused = True if next(module.parameters()).device.type == "cuda" else None
     betas = (config.beta1, config.beta2)
     adamw = torch.optim.AdamW(parts, lr=config.learning_rate, betas=betas, eps=config.eps, fused=fused)
@@ -110,7 +129,8 @@ def build(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
         stacked=dict(stacked_in(module)),
     )
     for group in optimizer.param_groups:
-        group["rate_scale"] = config.muon_learning_rate / config.learning_rate if group["muon"] else 1.0
+        if group["muon"]:
+            group["rate_scale"] = config.muon_learning_rate / config.learning_rate
     return optimizer
 
 
@@ -124,5 +144,8 @@ def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """The learning rates that the optimizer will really use: what the log shows is read here, not recomputed."""
     rates = {}
     for group in optimizer.param_groups:
-        rates["muon_learning_rate" if group.get("muon") else "learning_rate"] = float(group["lr"])
+        name = "muon_learning_rate" if group.get("muon") else "learning_rate"
+        if not group.get("muon") and group.get("rate_scale", 1.0) != 1.0:
+            name = "table_learning_rate"
+        rates[name] = float(group["lr"])
     return rates

@@ -81,6 +81,12 @@ class TrainConfig:
         int | None,
         Field(gt=0, description="steps between norms of gradient, weights and update per layer; none: never"),
     ] = None
+    usage_every: Annotated[
+        int | None,
+        Field(
+            gt=0, description="steps between columns of the model itself: how its parts are used; none: never"
+        ),
+    ] = 10
     activation_checkpointing: Annotated[
         Literal["none", "blocks"],
         Field(description="blocks: keep only their inputs and compute them again in the backward pass"),

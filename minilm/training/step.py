@@ -3,18 +3,23 @@
 The mean that is minimised and logged is over all targets of the global batch, so their number (`total`) is
 agreed by all ranks before the first backward. Every micro-batch then contributes nats / total: the size of the
 micro-batches, their number and the number of ranks do not show, however unevenly the targets are spread.
+
+The same holds for the auxiliary losses of a model. Each is a mean over the tokens that count for it, and the model
+tells their number before the forward (`counted`). A micro-batch contributes its mean x its share of the step's tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minilm.alignment import Batch, Sum
 from minilm.errors import CheckFailed, DataError
@@ -26,7 +31,7 @@ class StepResult:
     """What one optimizer step measured, the same on every rank except `seconds`."""
 
     loss: Sum  # over the whole global batch, no graph
-    auxiliary: dict[str, float]  # mean over micro-batches and ranks
+    auxiliary: dict[str, float]  # mean over the tokens of the global batch that count for each
     gradient_norm: float  # before clipping
     stop: bool  # some rank wants to stop after this step
     seconds: dict[str, float]  # forward, backward, optimizer
@@ -87,26 +92,32 @@ def optimizer_step(
     stop: bool = False,
     inspect: Callable[[StepResult], None] | None = None,
     before_update: Callable[[], None] | None = None,
+    forwards: contextlib.AbstractContextManager[Any] | None = None,
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, one clip, one update. Collective.
 
     inspect is called with what was measured, finite or not, when the whole gradient is there and the weights are
     those before the step; before_update after it, for a step that will be taken. Neither sees a clipped gradient.
+    forwards is entered before the first forward and left after the last backward: what is recorded inside is of this
+    step alone.
     Raises DataError for a global batch without a single target and NonFinite, before the update, for a loss
     or gradient that is not finite (the gradient is still there then: `discard` forgets it).
     """
     watch = Stopwatch(layout.device.type == "cuda")
     targets = sum(float(batch.num_targets()) for batch in micro_batches)
-    total, wants_stop = layout.all_reduce([targets, float(stop)])
+    here = counts_of(layout.model, micro_batches)
+    total, wants_stop, *counted = layout.all_reduce([targets, float(stop), *here.values()])
     if total == 0:
         raise DataError(
             "No position of this global batch is a target: there is nothing to learn in its rows."
         )
 
-    loss, auxiliary = accumulate(layout, micro_batches, total, watch)
+    counts = dict(zip(here, counted, strict=True))
+    with forwards or contextlib.nullcontext():
+        loss, auxiliary = accumulate(layout, micro_batches, total, watch, counts=counts)
     loss = loss.all_reduce()
     names = sorted(auxiliary)
-    means = layout.all_reduce([float(auxiliary[name]) / layout.world_size for name in names])
+    means = layout.all_reduce([float(auxiliary[name]) for name in names])
     norm = layout.gradient_norm()
     watch.lap("backward")
     # DeepSpeed reports a norm that is not finite as -1.
@@ -129,23 +140,26 @@ def accumulate(
     total: float,
     watch: Stopwatch | None = None,
     *,
-    ranks: int = 1,
+    counts: Mapping[str, float],
 ) -> tuple[Sum, dict[str, Tensor]]:
     """Forward and backward only: this rank's part of the loss and of the auxiliary losses, no graph.
 
-    total  targets of the whole global batch
-    ranks  of how many ranks this process computes the parts, one call each (a replay of a step of several ranks)
+    total   targets of the whole global batch
+    counts  tokens of the whole global batch that count for each auxiliary loss (`counts_of` of all micro-batches)
+
+    All parts add up to the loss and the auxiliary losses of the global batch, whoever computes them: a replay computes
+    those of several ranks one after another. Raises RuntimeError for an auxiliary loss whose tokens were not counted.
     """
     loss, auxiliary = Sum.zero(layout.device), {}
     for number, batch in enumerate(micro_batches, 1):
         last = number == len(micro_batches)
         with layout.accumulating(last=last):
             part, extra = layout.objective(batch.to(layout.device, non_blocking=True))
-            contribution = part.share(total) * layout.world_size
-            for name, value in extra.items():
-                share = value / (len(micro_batches) * ranks)
+            contribution = part.share(total)
+            for name, share in _shares(extra, counts_of(layout.model, [batch]), counts).items():
                 contribution = contribution + share
                 auxiliary[name] = auxiliary.get(name, 0.0) + share.detach()
+            contribution = contribution * layout.world_size  # DDP and ZeRO average over the ranks
             if watch is not None:
                 watch.lap("forward")
             layout.backward(contribution, last=last)
@@ -153,6 +167,27 @@ def accumulate(
                 watch.lap("backward")
         loss = loss + part.detach()
     return loss, auxiliary
+
+
+def counts_of(model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:
+    """How many tokens of these batches count for each auxiliary loss of `model`, by name in sorted order."""
+    counts: dict[str, float] = {}
+    for batch in batches:
+        for name, count in model.counted(batch.segments, batch.entries).items():
+            counts[name] = counts.get(name, 0.0) + float(count)
+    return dict(sorted(counts.items()))
+
+
+def _shares(
+    values: Mapping[str, Tensor], here: Mapping[str, float], counts: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """What means over `here` tokens contribute to the means over `counts` tokens; 0 where nothing counts at all."""
+    if missing := values.keys() - counts.keys():
+        raise RuntimeError(
+            f"The model returned auxiliary losses {sorted(missing)} but counted no tokens for them: its method "
+            "`counted` must name every loss in Output.auxiliary."
+        )
+    return {name: value * (here[name] / (counts[name] or 1.0)) for name, value in values.items()}
 
 
 def discard(layout: Layout) -> None:

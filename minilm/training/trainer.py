@@ -25,7 +25,7 @@ from minilm.training.limits import Budget
 from minilm.training.settings import Log, Progress, TrainConfig
 from minilm.training.signals import StopSignals
 from minilm.training.step import NonFinite, StepResult, discard, optimizer_step
-from minilm.training.watch import StepView, Watcher
+from minilm.training.watch import StepView, Watcher, around_forwards
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,7 @@ class Trainer:
                 stop=self.stopped.number is not None,
                 inspect=inspect,
                 before_update=before_update,
+                forwards=around_forwards(watching, view),
             )
         except rollback.GoBack as back:
             self._go_back(back)

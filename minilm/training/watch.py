@@ -3,13 +3,16 @@
 A watcher is asked before each step whether it wants to see it. If so, it is called twice: when the whole gradient
 is there and the weights are still the old ones, and after the update; what it returns then goes into the step's line
 of metrics.jsonl. Every rank calls every watcher, so a watcher may use collectives.
+
+A watcher that wants to see the forwards of the step has a method `around_forwards` besides (`SeesForwards`).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +59,23 @@ class Watcher(Protocol):
     def wants(self, step: int) -> bool: ...
     def before_update(self, view: StepView) -> None: ...
     def after_step(self, view: StepView, values: Mapping[str, Any]) -> Mapping[str, Any]: ...
+
+
+@runtime_checkable
+class SeesForwards(Protocol):
+    """A watcher whose context is entered before the first forward of a step and left after its last backward."""
+
+    def around_forwards(self, view: StepView) -> contextlib.AbstractContextManager[None]: ...
+
+
+@contextlib.contextmanager
+def around_forwards(watchers: Sequence[Watcher], view: StepView) -> Iterator[None]:
+    """The contexts of all watchers that have one, as one."""
+    with contextlib.ExitStack() as stack:
+        for watcher in watchers:
+            if isinstance(watcher, SeesForwards):
+                stack.enter_context(watcher.around_forwards(view))
+        yield
 
 
 class LayerNorms:

@@ -3,9 +3,12 @@
 Why: it is a number that nobody looks at. A mean over the wrong axis makes it constant; a mean over layers hides that
 each layer has collapsed; padding steers it; without a gradient to the router it is decoration.
 
-How: logits are made up for which the truth is known. Collapsed must cost more than balanced; layers that each collapse
-onto another expert must cost as much as layers that collapse onto the same one; tokens that are not kept must not
-matter; twice the same tokens must cost the same; a step down its gradient must lower the largest share.
+How: logits are made up for which the truth is known. The definition: for each layer the number of experts times the sum
+over experts of (share of the choices) x (mean probability), over the kept tokens of a row, up to a factor. Whether a
+loss is taken row by row or over everything does not matter here, as all tokens are one row. Collapsed must cost more
+than balanced; layers that each collapse onto another expert must cost as much as layers that collapse onto the same;
+tokens that are not kept must not matter; twice the same tokens must cost the same; a step down its gradient must lower
+the largest share.
 
 Cannot see: whether its weight is large enough to keep a real router balanced.
 

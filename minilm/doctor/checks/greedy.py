@@ -167,12 +167,7 @@ def _why_first(subject: Subject, prompts: list[list[int]], news: list[list[int]]
 
 @greedy.plant("generator-repeats-prompt", component="generator", what="returns prompt and new tokens")
 def _() -> Subject:
-    class Repeating(specimens.Generator):
-        def generate(self, prompts: Any, max_new_tokens: int, **how: Any) -> list[list[int]]:
-            new = super().generate(prompts, max_new_tokens, **how)
-            return [[*prompt, *row] for prompt, row in zip(prompts, new, strict=True)]
-
-    return specimens.subject(generator=Repeating)
+    return specimens.subject(generator=specimens.writing.Repeating)
 
 
 @greedy.plant("generator-repeats-prompt", component="generator", what="feeds the prompt alone at each step")

@@ -27,6 +27,7 @@ from minilm.doctor.core import Finding, NotApplicable, check, failed, passed
 from minilm.doctor.subject import DataView, Rows, Subject
 
 SHORT = 16  # tokens
+ENTRIES_AT_A_TIME = 50_000  # of a knowledge base
 KNOWN, NEARLY = 0.5, 0.02  # share of a document's n-grams, share of such documents
 
 
@@ -56,9 +57,10 @@ def held_out(subject: Subject) -> Finding:
             "train-eval-leak",
         )
     if view.knowledge is not None:
-        entries = ledger.documents(DataView(documents=lambda _: view.knowledge()), "")  # type: ignore[misc]
-        n_entry = min(n, max(2, int(np.median(np.diff(entries.offsets))) // 2))
-        places["the knowledge base"] = (entries.grams(n_entry), "knowledge base", "mem-eval-leak")
+        entries = view.knowledge()
+        n_entry = min(n, max(2, int(np.median([len(entry) for entry in entries])) // 2))
+        known = _in_entries(validation.grams(n_entry), entries, n_entry)
+        places["the knowledge base"] = (known, "knowledge base", "mem-eval-leak")
     equal = _equal(validation, train, long)
     measured = 0.0
     for name, (known, component, bug) in places.items():
@@ -89,6 +91,18 @@ def _equal(validation: ledger.Documents, train: ledger.Documents, long: np.ndarr
     """How many validation documents (the long ones) are training documents, token by token."""
     seen = {train[k].tobytes() for k in range(len(train))}
     return sum(validation[k].tobytes() in seen for k in np.flatnonzero(long).tolist())
+
+
+def _in_entries(grams: np.ndarray, entries: Sequence[Sequence[int]], n: int) -> np.ndarray:
+    """Which of these n-grams stand in an entry: in all of them, some after others, for a base may have millions."""
+    wanted, found = np.unique(grams), []
+    for start in range(0, len(entries), ENTRIES_AT_A_TIME):
+        some = entries[start : start + ENTRIES_AT_A_TIME]
+        lengths = [len(entry) for entry in some]
+        tokens = np.concatenate([np.asarray(entry, dtype=np.int64) for entry in some])
+        runs = np.repeat(np.arange(1, len(some) + 1), lengths)
+        found.append(wanted[np.isin(wanted, ledger.grams(tokens[None], runs[None], n))])
+    return np.concatenate(found) if found else wanted[:0]
 
 
 def _with_train(texts: dict[str, list[str]], more: Sequence[str]) -> dict[str, list[str]]:

@@ -48,7 +48,7 @@ def initialisation(subject: Subject) -> Finding:
         if module is None:
             raise NotApplicable("what is built has no module")
         states.append({n: p.detach() for n, p in [*module.named_parameters(), *module.named_buffers()]})
-    finding = _garbage(states[0], module) or _seeds(states, module) or _copies(states, module)
+    finding = _garbage(states[0], module) or _seeds(states, module) or _copies(subject, states, module)
     finding = finding or _rule(subject, states[0], module) or _overwritten(subject)
     if finding:
         return finding
@@ -111,7 +111,7 @@ def _seeds(states: list[dict[str, Tensor]], module: nn.Module) -> Finding | None
     return None
 
 
-def _copies(states: list[dict[str, Tensor]], module: nn.Module) -> Finding | None:
+def _copies(subject: Subject, states: list[dict[str, Tensor]], module: nn.Module) -> Finding | None:
     """Blocks that start as copies of each other, or are one and the same; an output layer that copies the embedding."""
     one, other = states[0], states[2]
     stack = [part for _, part in blocks(module)]
@@ -120,6 +120,8 @@ def _copies(states: list[dict[str, Tensor]], module: nn.Module) -> Finding | Non
     copies: list[tuple[str, str]] = []
     for name, value in one.items():
         if value.dim() < 2 or not value.is_floating_point() or torch.equal(value, other[name]):
+            continue
+        if any(fnmatch.fnmatch(name, pattern) for pattern in subject.same_start):
             continue
         earlier = first.setdefault((value.shape, float(value.double().sum())), name)
         if earlier != name and torch.equal(one[earlier], value):
@@ -138,7 +140,8 @@ def _copies(states: list[dict[str, Tensor]], module: nn.Module) -> Finding | Non
 
 
 def _rule(subject: Subject, state: Mapping[str, Tensor], module: nn.Module) -> Finding | None:
-    """Deviations against the owner's rule; the longest pattern that fits is a parameter's own."""
+    """Deviations against the owner's rule, 0 for what starts at zero; the longest pattern that fits is a parameter's
+    own."""
     off: dict[str, float] = {}
     said: dict[str, str] = {}
     for name, value in state.items():
@@ -148,7 +151,7 @@ def _rule(subject: Subject, state: Mapping[str, Tensor], module: nn.Module) -> F
         planned = subject.initial_stds[max(fitting, key=len)]
         measured = float(value.double().std())
         limit = max(RULE, 6 / math.sqrt(2 * value.numel()))
-        off[name] = abs(measured / planned - 1) / limit
+        off[name] = abs(measured / planned - 1) / limit if planned else (math.inf if measured else 0.0)
         said[name] = f"{name} has a deviation of {measured:.4g}, the rule says {planned:.4g}"
     if not off or max(off.values()) <= 1:
         return None
@@ -297,3 +300,15 @@ def _() -> Subject:
 @initialisation.healthy("output projections drawn smaller with depth, as the rule says")
 def _() -> Subject:
     return specimens.subject(model=_Scaled).but(initial_stds=_GPT2)
+
+
+@initialisation.healthy("a matrix that begins alike in every block, as declared")
+def _() -> Subject:
+    class Alike(specimens.model.Model):
+        def initialise(self) -> None:
+            super().initialise()
+            with torch.no_grad():
+                for layer in self.layers:
+                    layer.attention.out.weight.copy_(self.layers[0].attention.out.weight)
+
+    return specimens.subject(model=Alike).but(same_start=("*.attention.out.weight",))

@@ -17,10 +17,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from minilm.doctor.core import Finding, check, failed, passed
+from minilm.doctor.core import Finding, NotApplicable, check, failed, passed
 from minilm.doctor.probes import FLOAT32_NOISE, difference, quiet, tokens_for
 from minilm.doctor.specimens.memory import Memory, memory_subject
 from minilm.doctor.subject import Subject
+from minilm.doctor.views import MemoryView
+
+MOST_ENTRIES = 1000  # whose contents are looked at
 
 LEAST_USE = (
     0.05  # of the entries that as many uniform draws would reach; healthy fresh memories reach 0.2 to 0.9
@@ -45,9 +48,21 @@ def memory_use(subject: Subject) -> Finding:
 
 def _counts(subject: Subject, tokens: Tensor) -> tuple[int, float]:
     entries, _ = subject.memory.retrieve(subject.memory.states(tokens))
-    total = subject.memory.keys().shape[0]
+    total = subject.memory.total()
     expected = total * (1 - (1 - 1 / total) ** entries.numel())
     return len(entries.unique()), expected
+
+
+def _some(view: MemoryView) -> Tensor:
+    """Numbers of entries that hold something, in equal distances, and the neighbours of one that is edited."""
+    total = view.total()
+    held = torch.arange(total) if view.occupied is None else view.occupied().nonzero().flatten()
+    if len(held) == 0:
+        raise NotApplicable("no entry holds anything")
+    step = max(1, len(held) // MOST_ENTRIES)
+    chosen = held[::step]
+    middle = len(held) // (3 * step) * step
+    return torch.cat((chosen, held[max(0, middle - 2) : middle + 3])).unique()
 
 
 @torch.no_grad()
@@ -67,7 +82,7 @@ def _padding(subject: Subject, tokens: Tensor) -> Finding | None:
     view = subject.memory
     if view.values is None or view.pad_id is None or subject.module is None:
         return None
-    entries = torch.arange(view.keys().shape[0])
+    entries = _some(view)
     before = view.values(entries)
     for name, part in subject.module.named_modules():
         if isinstance(part, nn.Embedding):
@@ -87,11 +102,16 @@ def _edits(subject: Subject, tokens: Tensor) -> Finding | None:
     view = subject.memory
     if view.values is None or view.edit is None:
         return None
-    entries = torch.arange(view.keys().shape[0])
+    entries = _some(view)
     before, ids = view.values(entries).clone(), tokens[0, :3].tolist()
-    chosen = len(entries) // 3
-    view.edit(chosen, ids)
-    changed = ((view.values(entries) - before).abs().flatten(1).amax(1) > 0).nonzero().flatten().tolist()
+    chosen = int(entries[len(entries) // 3])
+    undo = view.edit(chosen, ids)
+    try:
+        moved = (view.values(entries) - before).abs().flatten(1).amax(1) > 0
+    finally:
+        if callable(undo):
+            undo()
+    changed = entries[moved].tolist()
     if changed == [chosen]:
         return None
     return failed(
@@ -119,9 +139,8 @@ def _gradients(subject: Subject, tokens: Tensor) -> Finding | None:
     view = subject.memory
     with torch.enable_grad():
         queries = view.queries(view.states(tokens))
-        keys = view.keys()
         _, scores = view.retrieve(view.states(tokens))
-        sources = [t for t in (queries, keys) if t.requires_grad]
+        sources = [t for t in (queries, view.keys() if view.scores is None else queries) if t.requires_grad]
         if not sources:
             return None
         reached = scores.requires_grad and _moves(subject, tokens)

@@ -156,12 +156,7 @@ def _ended(text: list[int], expected: list[int], fill: int) -> bool:
 
 @new_tokens_only.plant("generator-repeats-prompt", component="generator")
 def _() -> Subject:
-    class Repeating(specimens.Generator):
-        def generate(self, prompts: Any, max_new_tokens: int, **how: Any) -> list[list[int]]:
-            new = super().generate(prompts, max_new_tokens, **how)
-            return [[*prompt, *row] for prompt, row in zip(prompts, new, strict=True)]
-
-    return specimens.subject(generator=Repeating)
+    return specimens.subject(generator=specimens.writing.Repeating)
 
 
 @new_tokens_only.plant("max-new-tokens-exceeded", component="generator", what="one more")

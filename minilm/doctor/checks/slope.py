@@ -28,16 +28,15 @@ import torch
 from torch import Tensor, nn
 
 from minilm.doctor import specimens
-from minilm.doctor.blocks import blocks, replaced, stream
+from minilm.doctor.blocks import blocks
 from minilm.doctor.core import Finding, NotApplicable, check, failed, passed
 from minilm.doctor.probes import described, quiet, tokens_for
-from minilm.doctor.slopes import Slope, slopes
+from minilm.doctor.slopes import ITS_INPUT, Slope, fixed_rows, slopes, slopes_alone
 from minilm.doctor.subject import Subject
 
 LENGTH = 12
 LEAST = {torch.float64: 0.02, torch.float32: 0.05}
 MOST_SECONDS = 10.0  # for the differences, or one tensor; the first of each role come first
-ITS_INPUT = "(its input)"
 SCORES = re.compile(r"quer|key|router|score|select", re.IGNORECASE)
 BLOCK_NUMBER = re.compile(r"\.\d+\.")
 
@@ -57,7 +56,7 @@ def slope(subject: Subject) -> Finding:
         dtype, value = _function(subject, module)
         chosen = _chosen(module)
         least = LEAST[dtype]
-        rest = {"over": list(module.parameters()), "fixed": _fixed(module)}
+        rest = {"over": list(module.parameters()), "fixed": fixed_rows(module)}
         found = slopes(value, chosen, seconds=MOST_SECONDS, **rest)
         wrong = [s for s in found if s.is_wrong(least)]
         if wrong:  # chance is ruled out by other directions
@@ -111,15 +110,6 @@ def _chosen(module: nn.Module) -> dict[str, Tensor]:
     return {name: named[name] for name in dict.fromkeys([*roles.values(), *named])}
 
 
-def _fixed(module: nn.Module) -> dict[str, int]:
-    """Rows of embeddings that get no gradient by design."""
-    found: dict[str, int] = {}
-    for part in module.modules():
-        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
-            found |= {n: part.padding_idx for n, p in module.named_parameters() if p is part.weight}
-    return found
-
-
 def _failed(subject: Subject, wrong: list[Slope], count: int, least: float) -> Finding:
     assert subject.module is not None
     worst = max(wrong, key=lambda s: s.error)
@@ -162,46 +152,19 @@ def _innermost(subject: Subject, least: float) -> tuple[str, list[str], list[str
             handle.remove()
     deadline = time.monotonic() + MOST_SECONDS
     for block, _ in blocks(module):  # first which block, by its input alone; then what in it
-        if block in calls and any(s.is_wrong(least) for s in _alone(*calls[block], parameters=False)):
+        if block in calls and any(
+            s.is_wrong(least) for s in slopes_alone(*calls[block], seconds=MOST_SECONDS / 5, parameters=False)
+        ):
             calls = {n: call for n, call in calls.items() if n == block or n.startswith(f"{block}.")}
             break
     for name, (part, args, kwargs) in calls.items():
         if time.monotonic() > deadline:
             break
-        found = _alone(part, args, kwargs)
+        found = slopes_alone(part, args, kwargs, seconds=MOST_SECONDS / 5)
         if wrong := [s.name for s in found if s.is_wrong(least)]:
             right = [s.name for s in found if s.name not in wrong and s.name != ITS_INPUT]
             return described(module, name), wrong, right
     return "", [], []
-
-
-def _alone(part: nn.Module, args: Any, kwargs: Any, parameters: bool = True) -> list[Slope]:
-    """One module on its own: the slopes of its output in its first floating input and in its parameters."""
-    given = next(
-        (v for v in [*args, *kwargs.values()] if isinstance(v, Tensor) and v.is_floating_point()), None
-    )
-    given = stream(args) if given is None else given
-    tensors: dict[str, Tensor] = {n: p for n, p in part.named_parameters() if p.requires_grad}
-    tensors = tensors if parameters else {}
-    leaf = None
-    if given is not None:
-        leaf = given.detach().clone().requires_grad_()
-        tensors[ITS_INPUT] = leaf
-
-    def value() -> Tensor:
-        new = leaf if leaf is None else leaf.clone()  # a module may write into what it is given
-        a, k = (args, kwargs) if given is None else (replaced(args, given, new), replaced(kwargs, given, new))
-        made = part(*a, **k)
-        made = made if isinstance(made, Tensor) else next(v for v in made if isinstance(v, Tensor))
-        weights = torch.randn(made.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        return (made.double() * weights.to(made.device)).mean()
-
-    try:
-        return slopes(
-            value, tensors, over=list(part.parameters()), fixed=_fixed(part), seconds=MOST_SECONDS / 5
-        )
-    except (RuntimeError, TypeError, ValueError, StopIteration):  # it cannot be called on its own
-        return []
 
 
 # ---------------------------------------------------------------- planted

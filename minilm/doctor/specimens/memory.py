@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from minilm.doctor.specimens.model import FeedForward, Model, Size
 from minilm.doctor.specimens.subject import subject
 from minilm.doctor.subject import Subject
-from minilm.doctor.views import MemoryView
+from minilm.doctor.views import MemoryReads, MemoryView
 
 HALF, LENGTH, TOP = 12, 5, 4  # keys of each half (144 entries), token ids of an entry, entries that are read
 PAD = 0
@@ -32,12 +32,16 @@ class Memory(nn.Module):
         lengths = torch.randint(2, LENGTH + 1, (HALF * HALF, 1), generator=generator)
         self.register_buffer("texts", torch.where(torch.arange(LENGTH) < lengths, texts, PAD))
         self.seen: Tensor | None = None  # the states of the last call
+        self.used: MemoryReads | None = None  # and what it read
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen = x.detach().flatten(0, -2)
         entries, scores = self.retrieve(x)
-        read = (self.weights(scores).unsqueeze(-1) * self.values(entries)).sum(-2)
-        return self.gated(x) * self.out(read)
+        weights, gate = self.weights(scores), self.gated(x)
+        read = (weights.unsqueeze(-1) * self.values(entries)).sum(-2)
+        flat = (t.detach().flatten(0, -2) for t in (entries, weights))
+        self.used = MemoryReads(*flat, gates=gate.detach().flatten())
+        return gate * self.out(read)
 
     def queries(self, x: Tensor) -> Tensor:
         return self.query(x)
@@ -119,6 +123,13 @@ def memory_subject(memory: type[Memory] = Memory, **parts: Any) -> Subject:
             for layer, texts in zip(module.layers, kept, strict=True):
                 layer.ffn.store.texts.copy_(texts)
 
+    def reads(tokens: Tensor, segments: Tensor) -> MemoryReads:
+        with torch.no_grad():
+            module(tokens, segments)
+        assert store.used is not None and store.used.gates is not None
+        keep = segments.flatten() > 0
+        return MemoryReads(store.used.entries[keep], store.used.weights[keep], gates=store.used.gates[keep])
+
     view = MemoryView(
         states=states,
         queries=store.queries,
@@ -127,6 +138,8 @@ def memory_subject(memory: type[Memory] = Memory, **parts: Any) -> Subject:
         values=store.values,
         edit=store.edit,
         silenced=silenced,
+        reads=reads,
+        columns=HALF,
         pad_id=PAD,
     )
     return made.but(memory=view)

@@ -14,7 +14,9 @@ from minilm.doctor.specimens.pipeline import Pipeline
 from minilm.doctor.specimens.ranks import RankTrainer, ranks_of
 from minilm.doctor.specimens.training import Trainer
 from minilm.doctor.specimens.writing import Evaluation, Generator
-from minilm.doctor.subject import Rows, Subject, Training
+from minilm.doctor.subject import Subject, Training
+
+WEIGHTS = "weights.pt"
 
 
 def subject(
@@ -48,60 +50,63 @@ def subject(
             evaluation=evaluation, rank_seeds=rank_seeds, loss=loss, size=size, seed=number, **parts,
         )  # fmt: skip
 
-    module = drawn(seed)
-
-    def masked(tokens: Tensor, keep: Tensor) -> Tensor:
-        return module(tokens, keep.long())
-
-    def criterion(logits: Tensor, rows: Rows) -> Tensor:
-        return loss(logits, rows)
-
-    def save(part: nn.Module, folder: Path) -> None:
-        torch.save(part.state_dict(), folder / "weights.pt")
-
     def load(folder: Path) -> nn.Module:
         fresh = drawn(seed + 1)
-        fresh.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
+        fresh.load_state_dict(torch.load(folder / WEIGHTS, weights_only=True))
         return fresh
 
     def training(clip_norm: float | None = 1.0, seed: int = seed, num_steps: int = 20) -> Training:
         return trainer(drawn(seed), clip_norm=clip_norm, num_steps=num_steps).handed_over()
 
-    data = pipeline()
+    data, module = pipeline(), drawn(seed)
     writer, score = generator(module, data.tokenizer.pad_id), evaluation(module)
     return Subject(
         name="specimen",
-        vocab_size=shape.vocab_size,
-        max_length=shape.max_length,
         special_ids=(data.tokenizer.pad_id, data.tokenizer.bos_id, data.tokenizer.eos_id),
-        module=module,
-        forward=lambda tokens: module(tokens),
-        masked_forward=masked,
-        left_padding=True,
-        windows=(shape.window,) * shape.num_layers,
-        shifted_forward=lambda tokens, offset: module.from_place(tokens, offset),
-        lowered=lambda: subject_of(module.lowered()),
-        initial_stds={"*": shape.init_std},
-        packed_forward=lambda tokens, segments: module(tokens, segments),
-        incremental=lambda tokens, n: incremental(module, tokens, n),
+        **_of_the_model(module),
         build=again,
         loss=lambda rows: loss(module(rows.tokens, rows.segments), rows),
-        criterion=criterion,
+        criterion=lambda logits, rows: loss(logits, rows),
         total_loss=lambda rows: loss(module(rows.tokens, rows.segments), rows),
-        evaluate=score.evaluate,
-        perplexity=score.perplexity,
-        bits_per_byte=lambda batches: score.bits_per_byte(batches, data.tokenizer.token_bytes),
-        continuation=score.continuation,
-        document=score.document,
+        **_of_the_evaluation(score, data),
         generate=writer.generate,
         choose=writer.sample,
-        save=save,
+        save=lambda part, folder: torch.save(part.state_dict(), folder / WEIGHTS),
         load=load,
         training=training,
         ranks=ranks_of(rank_trainer, size or {}, seed, rank_seeds=rank_seeds),
         data=data.handed_over(),
         tokenizer=data.tokenizer,
     )
+
+
+def _of_the_model(module: Model) -> dict[str, Any]:
+    """Its shapes and all its ways to logits."""
+    shape = module.size
+    return {
+        "module": module,
+        "vocab_size": shape.vocab_size,
+        "max_length": shape.max_length,
+        "windows": (shape.window,) * shape.num_layers,
+        "initial_stds": {"*": shape.init_std},
+        "forward": lambda tokens: module(tokens),
+        "masked_forward": lambda tokens, keep: module(tokens, keep.long()),
+        "left_padding": True,
+        "shifted_forward": lambda tokens, offset: module.from_place(tokens, offset),
+        "packed_forward": lambda tokens, segments: module(tokens, segments),
+        "incremental": lambda tokens, n: incremental(module, tokens, n),
+        "lowered": lambda: subject_of(module.lowered()),
+    }
+
+
+def _of_the_evaluation(score: Evaluation, data: Pipeline) -> dict[str, Any]:
+    return {
+        "evaluate": score.evaluate,
+        "perplexity": score.perplexity,
+        "bits_per_byte": lambda batches: score.bits_per_byte(batches, data.tokenizer.token_bytes),
+        "continuation": score.continuation,
+        "document": score.document,
+    }
 
 
 def subject_of(module: Model, special_ids: tuple[int, ...] = (0, 1, 2)) -> Subject:

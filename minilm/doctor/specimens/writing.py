@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,6 +125,14 @@ class Generator:
 
     def ends(self, token: int, eos_id: int | None) -> bool:
         return token == eos_id
+
+
+class Repeating(Generator):
+    """Planted: returns the prompt before what it has written, as `generate` of Hugging Face does."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **how: Any) -> list[list[int]]:
+        new = super().generate(prompts, max_new_tokens, **how)
+        return [[*prompt, *row] for prompt, row in zip(prompts, new, strict=True)]
 
 
 class Evaluation:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 
+from minilm.doctor.core import NotApplicable
 from minilm.doctor.probes import random_states_kept
 from minilm.doctor.subject import Rows, Subject, Training
 from minilm.doctor.targets.foreign import logits_of
@@ -151,8 +152,8 @@ class _Steps:
 
 def _forward(module: nn.Module, tokens: Tensor, segments: Tensor) -> Tensor:
     real = segments > 0
+    if any(len(row[row > 0].unique()) > 1 for row in segments):
+        raise NotApplicable("packed rows: a Trainer gives its model no document borders")
     mask = {} if bool(real.all()) else {"attention_mask": real.long()}
-    if int(segments.max()) > 1:
-        raise NotImplementedError("packed rows: this model is given no document borders")
     with torch.autocast("cpu", enabled=False):
         return logits_of(module(input_ids=tokens, use_cache=False, **mask))

@@ -79,12 +79,22 @@ def family_subject(family: str, seed: int = 0) -> Subject:
     return subject.but(build=lambda number: family_subject(family, number), exceptions=exceptions_of(family))
 
 
-def folder_subject(folder: Path) -> Subject:
-    """A folder that `from_pretrained` reads, with its tokenizer if it has one. ConfigError if it does not."""
+def folder_subject(folder: Path, *, trust_remote_code: bool = False) -> Subject:
+    """A folder that `from_pretrained` reads, with its tokenizer if it has one. ConfigError if it does not.
+
+    trust_remote_code  run the code that lies in the folder, where the model is made of such
+    """
     import transformers
 
+    if not trust_remote_code and "auto_map" in (folder / "config.json").read_text(encoding="utf-8"):
+        raise ConfigError(
+            f"{folder} holds a model with its own code (auto_map in config.json), and examining it runs that code. "
+            "Read it, and if you trust it, say so: --trust-remote-code."
+        )
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float32, trust_remote_code=trust_remote_code
+        ).eval()
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} cannot be read as a Hugging Face model: {error}") from error
     tokenizer = None

@@ -48,6 +48,7 @@ def data_view(
     texts: Mapping[str, Sequence[str]] | None = None,
     documents: Callable[[str], Sequence[Any]] | None = None,
     loader: Callable[..., Loader] = Loader,
+    knowledge: Callable[[], Sequence[Any]] | None = None,
 ) -> DataView:
     """What a `DataConfig` opened, for the doctor.
 
@@ -55,6 +56,7 @@ def data_view(
     texts      split -> the texts that the store was built from, in its order, where they are still at hand
     documents  split -> what should be in the store; by default its files, read without the classes that train on them
     loader     what makes a `Loader` (a run's own arguments are bound to it)
+    knowledge  -> the entries of the model's knowledge store (`our_memory.entries_of`)
     """
     shown = _Shown(data, batch_rows, micro_batch, loader)
     return DataView(
@@ -69,6 +71,7 @@ def data_view(
         resumed=shown.resumed,
         sources=shown.sources,
         weights=dict(shown.rows.weights),
+        knowledge=knowledge,
         excerpt=shown.excerpt,
     )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from minilm.doctor.views import RouterView
-from minilm.models.moe import Experts, MoE
+from minilm.models.moe import Experts, MoE, balance
 
 
 def router_view(model: nn.Module) -> RouterView | None:
@@ -27,14 +28,18 @@ def router_view(model: nn.Module) -> RouterView | None:
 
     def dispatched(states: Tensor) -> tuple[Tensor, int]:
         """As many as the groups that experts work on hold; none is ever reported as dropped."""
-        _, sizes = layer.groups(route(states)[0])
-        return torch.tensor(sizes), 0
+        _, ends = layer.groups(route(states)[0])
+        return ends.diff(prepend=ends.new_zeros(1)), 0
+
+    def balance_of(layers: Sequence[Tensor], keep: Tensor) -> Tensor:
+        """The loss is a mean over rows of what each row has by itself: these tokens are one row."""
+        return balance([logits.unsqueeze(0) for logits in layers], keep.unsqueeze(0), layer.top_k)
 
     return RouterView(
         route=route,
         num_experts=layer.num_experts,
         width=model.config.dim,
-        balance=model.balance,
+        balance=balance_of,
         dispatched=dispatched,
         logits=logits,
     )

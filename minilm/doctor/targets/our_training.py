@@ -60,6 +60,13 @@ def copies_of(model: nn.Module) -> Callable[[int], nn.Module]:
     return lambda seed: copy.deepcopy(model).cpu()
 
 
+def decays_of(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
+    """Our policy, for `Training.decays`: matrices decay, tables that are looked up in (`optim.tables_of`) do not."""
+    tables = {id(parameter) for parameter, _ in optim.tables_of(model)}
+    spared = {name for name, parameter in model.named_parameters() if id(parameter) in tables}
+    return lambda name, parameter: parameter.dim() >= 2 and name not in spared
+
+
 class _Steps:
     """A layout with its prepared objects, and the number of the next step."""
 
@@ -124,7 +131,7 @@ class _Steps:
             clip_norm=self.layout.clip_norm,
             planned_rate=self.planned_rate,
             num_steps=self.num_steps,
-            decays=lambda name, parameter: parameter.dim() >= 2,
+            decays=decays_of(model),
             save=self.save,
             load=self.load,
             next_rows=self.next_rows if self.batches is not None else None,

@@ -1,188 +1,21 @@
-"""The border to Hugging Face: Llama-like models in, our `original` out, and any causal LM behind our interface.
-
-ours = from_hf("folder")          weights copied, every difference in architecture refused by name
-llama = to_hf(ours)               transformers.LlamaForCausalLM with the same logits
-model = HuggingFaceModel(theirs)  model(inputs, segments, positions, cache) -> Output for any causal LM
-"""
+"""Any Hugging Face causal LM behind our interface: model(inputs, segments, positions, cache) -> Output."""
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from minilm.errors import CheckpointError, ConfigError, listed
+from minilm.errors import ConfigError
 from minilm.models.attention import borders
 from minilm.models.base import Output
 from minilm.models.cache import CachedRows
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedModel
-
-    from minilm.models.original import Original
-
-
-def from_hf(source: str | Path | PreTrainedModel, **changes: Any) -> Original:
-    """Our `original` with the weights of a Llama-like model (a folder or hub name, or a loaded model).
-
-    `changes` set fields that carry no weights (attention, dropout, max_length). The weights keep their dtype.
-    Raises CheckpointError naming everything in the model that `original` does not have.
-    """
-    from minilm.models import build
-    from minilm.models.original import OriginalConfig
-
-    theirs = _loaded(source) if isinstance(source, str | Path) else source
-    settings = theirs.config
-    _refuse_unlike(settings)
-    config = OriginalConfig(
-        **{
-            "vocab_size": settings.vocab_size,
-            "dim": settings.hidden_size,
-            "num_layers": settings.num_hidden_layers,
-            "num_heads": settings.num_attention_heads,
-            "num_kv_heads": settings.num_key_value_heads,
-            "hidden_dim": settings.intermediate_size,
-            "max_length": settings.max_position_embeddings,
-            "rope_theta": float(settings.rope_parameters["rope_theta"]),
-            "norm_eps": settings.rms_norm_eps,
-            "tie_embeddings": bool(settings.tie_word_embeddings),
-            "init_std": settings.initializer_range,
-            **changes,
-        }
-    )
-    with torch.random.fork_rng(devices=[]):
-        ours = build(config)
-    given = dict(theirs.state_dict())
-    wanted = _llama_names(ours)
-    unknown = sorted(set(given) - {name for parts in wanted.values() for name in parts} - {"lm_head.weight"})
-    missing = sorted({name for parts in wanted.values() for name in parts} - set(given))
-    if unknown or missing:
-        raise CheckpointError(
-            "This model is not Llama-like: "
-            + listed(
-                [f"weight {n} has no place in original" for n in unknown]
-                + [f"no weight {n}" for n in missing]
-            )
-        )
-    for name, parameter in ours.named_parameters():
-        parts = [given[part].detach() for part in wanted[name]]
-        parameter.data = torch.cat(parts).clone()  # same output rows, in the order of our fused products
-    return ours
-
-
-def to_hf(
-    model: Original, *, bos_id: int | None = None, eos_id: int | None = None, pad_id: int | None = None
-) -> LlamaForCausalLM:
-    """A `LlamaForCausalLM` with copies of the weights, in their dtype, in evaluation mode.
-
-    The ids are those of the tokenizer: written into the config, where `generate` looks for them.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = model.config
-    if config.name != "original":
-        raise ConfigError(f"Only model original is a Llama; this one is {config.name!r}.")
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.dim,
-            intermediate_size=config.hidden_dim,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            hidden_act="silu",
-            max_position_embeddings=config.max_length,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tie_embeddings,
-            initializer_range=config.init_std,
-            attention_bias=False,
-            mlp_bias=False,
-            bos_token_id=bos_id,
-            eos_token_id=eos_id,
-            pad_token_id=pad_id,
-        )
-    )
-    state = {}
-    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    for name, parts in _llama_names(model).items():
-        value = model.get_parameter(name).detach()
-        rows = [heads, kv_heads, kv_heads] if len(parts) == 3 else [value.shape[0]]
-        state.update(zip(parts, (part.clone() for part in value.split(rows)), strict=True))
-    state["lm_head.weight"] = model.head_weight.detach().clone()
-    llama.load_state_dict(state, strict=True)
-    return llama.to(model.embedding.weight.device, model.embedding.weight.dtype).eval()
-
-
-def _llama_names(model: Original) -> dict[str, list[str]]:
-    """Our parameter -> the Llama parameters whose rows it holds, in this order."""
-    names = {"embedding.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
-    if not model.config.tie_embeddings:
-        names["head.weight"] = ["lm_head.weight"]
-    for layer in range(model.config.num_layers):
-        ours, llama = f"blocks.{layer}", f"model.layers.{layer}"
-        names |= {
-            f"{ours}.attention_norm.weight": [f"{llama}.input_layernorm.weight"],
-            f"{ours}.attention.qkv.weight": [f"{llama}.self_attn.{x}_proj.weight" for x in "qkv"],
-            f"{ours}.attention.out.weight": [f"{llama}.self_attn.o_proj.weight"],
-            f"{ours}.ffn_norm.weight": [f"{llama}.post_attention_layernorm.weight"],
-            f"{ours}.ffn.gate.weight": [f"{llama}.mlp.gate_proj.weight"],
-            f"{ours}.ffn.up.weight": [f"{llama}.mlp.up_proj.weight"],
-            f"{ours}.ffn.down.weight": [f"{llama}.mlp.down_proj.weight"],
-        }
-    return names
-
-
-def _loaded(source: str | Path) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(str(source), output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source} could not be loaded as a Hugging Face causal LM: {error}") from error
-    # transformers draws what a file lacks at random and goes on with a warning.
-    wrong = [
-        f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, info[kind])))}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[kind]
-    ]
-    if wrong:
-        raise CheckpointError(f"The weights in {source} do not fit their config: {listed(wrong)}")
-    return model
-
-
-def _refuse_unlike(settings: Any) -> None:
-    rope = getattr(settings, "rope_parameters", None) or {}
-    head_dim = getattr(settings, "head_dim", None)
-    wrong = []
-    for name, actual, wanted in (
-        ("model_type", settings.model_type, {"llama", "mistral"}),
-        ("hidden_act", getattr(settings, "hidden_act", None), {"silu", "swish"}),
-        ("attention_bias", getattr(settings, "attention_bias", False), {False}),
-        ("mlp_bias", getattr(settings, "mlp_bias", False), {False}),
-        ("sliding_window", getattr(settings, "sliding_window", None), {None}),
-        ("rope_type", rope.get("rope_type", "default"), {"default"}),
-        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), {1.0}),
-        ("attention_dropout", getattr(settings, "attention_dropout", 0.0), {0.0}),
-        (
-            "head_dim",
-            head_dim,
-            {None, settings.hidden_size // getattr(settings, "num_attention_heads", 1)},
-        ),
-    ):
-        if actual not in wanted:
-            wanted_text = " or ".join(sorted(repr(w) for w in wanted if w is not None or len(wanted) == 1))
-            wrong.append(f"{name} is {actual!r}; original has {wanted_text}")
-    if wrong:
-        raise CheckpointError(
-            f"This {settings.model_type} model is not what original computes: {listed(wrong)}\n"
-            "HuggingFaceModel runs it as it is."
-        )
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
