@@ -218,6 +218,10 @@ def write_config(config: RunConfig) -> None:
     if config.data.validation_store:
         places["validation_store"] = str(Path(config.data.validation_store).resolve())
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **places))
+    knowledge = getattr(config.model, "store", "")
+    if knowledge not in ("", "random"):
+        model = dataclasses.replace(config.model, store=str(Path(knowledge).expanduser().resolve()))
+        config = dataclasses.replace(config, model=model)
     aside = config.run_folder / f".{CONFIG}"
     aside.write_text(dump(config), encoding="utf-8")
     aside.replace(config.run_folder / CONFIG)

@@ -33,6 +33,7 @@ _FREE_ON_RESUME = (
         "data.store",
         "data.validation_store",
         "data.prefetch",
+        "model.store",  # the checkpoint knows its fingerprint, and refuses another
         "train.micro_batch",
     ),
     *(

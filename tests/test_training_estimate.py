@@ -17,20 +17,24 @@ from minilm.training.estimate import Spread
 from minilm.training.objective import Objective
 
 
-def a_batch(config, rows, length):
+def a_batch(config, rows, length, labelled=False):
     tokens = torch.randint(0, config.vocab_size, (rows, length + 1))
     segments = torch.ones_like(tokens)
     segments[:, length // 2 :] = 2
-    return align(tokens, segments)
+    entries = torch.randint(0, config.store_side**2, tokens.shape) if labelled else None
+    return align(tokens, segments, entries=entries)
 
 
-def bytes_kept(config, rows, length, *, autocast, cast):
-    """Storages, each once, that autograd keeps between forward and backward, without parameters and buffers."""
+def bytes_kept(config, rows, length, *, autocast, cast, labelled=False):
+    """Storages, each once, that autograd keeps between forward and backward, without what lies there anyway."""
     objective = Objective(models.build(config)).train()
     if cast:
         objective = objective.bfloat16()
-    batch = a_batch(config, rows, length)
-    own = {t.untyped_storage().data_ptr() for t in [*objective.parameters(), *objective.buffers()]}
+    batch = a_batch(config, rows, length, labelled)
+    store = getattr(objective.model, "store", None)
+    tables = [] if store is None else store.tensors().values()
+    there = [*objective.parameters(), *objective.buffers(), *tables]
+    own = {tensor.untyped_storage().data_ptr() for tensor in there}
     kept = {}
 
     def pack(tensor):
@@ -92,6 +96,55 @@ def test_activations_of_the_variants_are_what_autograd_keeps(name, changes, atte
     assert sum(parts.values()) == pytest.approx(kept, rel=0.03 if name == "moe" else 0.01)
 
 
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bf16 weights"])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("pkm", {}),
+        ("pkm", {"value_place": "add", "value_heads": 3, "top_values": 5, "dropout": 0.1}),
+        ("knowledge", {}),
+        ("knowledge", {"index_weight": 0.0, "num_candidates": 20, "key_dim": 32, "router_dim": 48}),
+        ("knowledge", {"memory": "none"}),
+        ("no_ffn_knowledge", {"num_layers": 3, "memory_layers": [0, 2], "num_read": 3, "memory_heads": 3}),
+    ],
+)
+def test_activations_of_tables_are_what_autograd_keeps(name, changes, precision):
+    """Where every token is labelled; where none is, the estimate is what they would cost too high."""
+    if name != "pkm":
+        changes = {"store": "random", "store_side": 32, **changes}
+    changes = {"attention": "sdpa", "num_layers": 2, "vocab_size": 700, **changes}
+    config = dataclasses.replace(models.preset(name, "6m"), **changes)
+    autocast, cast = precision == "autocast", precision == "bf16 weights"
+    spread = Spread(kind="zero" if cast else "single", ranks=1, bf16=autocast or cast, device="cpu", rows=2)
+    found = sum(estimate.activations(config, spread, length=60, backend="sdpa").values())
+    labelled = name != "pkm" and config.memory != "none"
+    kept = bytes_kept(config, 2, 60, autocast=autocast, cast=cast, labelled=labelled)
+    assert found == pytest.approx(kept, rel=0.01)
+    if labelled:
+        unlabelled = bytes_kept(config, 2, 60, autocast=autocast, cast=cast)
+        assert unlabelled < found < 1.15 * unlabelled
+
+
+def test_a_memory_at_its_own_size_is_within_the_promised_15_percent_and_its_store_is_counted_once():
+    # As many sub-keys as the reference size has; most slots are empty, which costs nothing to make.
+    sizes = {"num_layers": 3, "vocab_size": 700, "store": "random", "attention": "sdpa"}
+    config = models.preset("knowledge", "6m", **sizes, memory_layers=[1, 2], store_side=256)
+    kept = bytes_kept(config, 2, 128, autocast=False, cast=False, labelled=True)
+    spread = Spread(kind="single", ranks=1, bf16=False, device="cpu", rows=2)
+    found = estimate.memory(config, spread, length=128, backend="sdpa", num_moments=0)
+    assert found.activations == pytest.approx(kept, rel=0.02)
+    assert found.tables == 65_536 * (2 * 32 + 64 + 1 + 4 + 4)
+    without = dataclasses.replace(config, memory="none")
+    plain = estimate.memory(without, spread, length=128, backend="sdpa", num_moments=0)
+    assert plain.tables == 0
+    both = dataclasses.replace(found, tables=0)
+    assert found.peak - both.peak == found.tables
+    # Recomputed, one memory layer's inside is there at once, not two.
+    again = dataclasses.replace(spread, recompute=True)
+    inside = [estimate.activations(config, s, length=128, backend="sdpa")["memory"] for s in (spread, again)]
+    assert inside[0] == pytest.approx(2 * inside[1], abs=1)
+
+
 def test_activations_at_a_middle_size_are_within_the_promised_15_percent():
     config = models.preset("original", "6m")
     kept = bytes_kept(config, 4, 256, autocast=False, cast=False)
@@ -110,10 +163,14 @@ def test_activations_at_a_middle_size_are_within_the_promised_15_percent():
         ("no_ffn", 1, False),
         ("moe", 1, True),
         ("persistent", 1, False),
+        ("knowledge", 1, False),
+        ("knowledge", 1, True),
+        ("pkm", 3, False),
     ],
 )
 def test_the_peak_is_that_of_the_allocator_over_two_whole_steps(tmp_path, name, micro_batches, recompute):
-    config = models.preset(name, "6m", num_layers=4, vocab_size=2000)
+    memory = {"store": "random", "store_side": 32} if name == "knowledge" else {}
+    config = models.preset(name, "6m", num_layers=4, vocab_size=2000, **memory)
     trace = tmp_path / "trace.json.gz"
     batches = [a_batch(config, 8, 200) for _ in range(micro_batches)]
     with torch.profiler.profile(

@@ -52,7 +52,8 @@ def _run(args: argparse.Namespace) -> int:
     from minilm.knowledge.teacher import label
 
     data, knowledge = Store.open(args.data), KnowledgeStore.open(args.store)
-    splits = args.split or [split for split in ("train", "validation") if any(data.manifest["splits"][split]["sources"].values())]
+    sources = {split: data.manifest["splits"][split]["sources"].values() for split in ("train", "validation")}
+    splits = args.split or [split for split in sources if any(x["documents"] for x in sources[split])]
     for split in splits:
         total = sum(shard.num_tokens for shard in data.shards(split))
         with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from minilm.doctor.core import NotApplicable
-from minilm.doctor.probes import no_randomness, num_targets, random_states_kept, reference_loss, tokens_for
+from minilm.doctor.probes import (
+    no_randomness,
+    num_targets,
+    quiet,
+    random_states_kept,
+    reference_loss,
+    tokens_for,
+)
 from minilm.doctor.subject import Rows, Subject, Training
 
 Vector = Mapping[str, Tensor]  # parameter name -> gradient (or weights)
@@ -229,3 +236,15 @@ def fingerprint_of_rows(micro_batches: Sequence[Rows]) -> str:
     """A hash of what a step is given, however it is cut into micro-batches."""
     rows = [row for part in micro_batches for row in zip(part.tokens, part.segments, strict=True)]
     return fingerprint(*(tensor[segment > 0] for tensor, segment in rows))
+
+
+def refuse_further_terms(subject: Subject, rows: Rows) -> None:
+    """NotApplicable where training adds losses of the model's own: their gradient is in no row's cross entropy."""
+    if subject.auxiliary is None:
+        return
+    with quiet(subject, redraw=None, train=True), torch.no_grad():
+        further = [name for name, value in subject.auxiliary(rows).items() if bool(value.any())]
+    if further:
+        raise NotApplicable(
+            f"its training loss has further terms ({', '.join(further)}), whose gradient is added"
+        )

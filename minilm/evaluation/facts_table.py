@@ -112,7 +112,7 @@ def plot(arms: Sequence[Arm], out: Path) -> list[Path]:
             axes.axhline(arms[0].runs[0]["chance"], color="#8a8f98", linewidth=0.8, linestyle=":")
             axes.set_xlabel(label, fontsize=9)
             axes.set_ylim(-0.03, 1.03)
-            axes.set_xlim(left=0)
+            axes.set_xlim(0, 1.06 * max(run[axis] for arm in arms for run in arm.runs))
             axes.grid(color="#e4e6ea", linewidth=0.7)
             axes.tick_params(labelsize=8)
         figure.axes[0].set_ylabel(title, fontsize=9)

@@ -182,7 +182,8 @@ def _interventions(
     if not shares:
         return []
     answer = int(before.argmax())
-    unread = next((s for s in store.slots.tolist() if s not in shares), None)
+    read_anywhere = {slot for read in reads.values() for slot in read.slots[0].flatten().tolist()}
+    unread = next((s for s in store.slots.tolist() if s not in read_anywhere), None)
     planned = [("without the entry read most", max(shares, key=lambda slot: shares[slot]))]
     planned += [("without an entry that was not read", unread)] if unread is not None else []
     found = []

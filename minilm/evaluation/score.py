@@ -222,7 +222,7 @@ def measure(
 
 def token_nats(model: nn.Module, batch: Batch) -> Tensor:
     """Nats of every prediction of the batch, [B, L], 0 where it does not count; `LOGITS_AT_ONCE` at a time."""
-    output = model(batch.inputs, segments=batch.segments, positions=batch.positions)
+    output = _output(model, batch)
     head = head_of(model)
     if head is None:
         return nll(output.logits, batch)
@@ -231,6 +231,12 @@ def token_nats(model: nn.Module, batch: Batch) -> Tensor:
     return torch.cat(
         [nll(F.linear(output.hidden[s : s + rows], head), batch.rows(s, s + rows)) for s in starts]
     )
+
+
+def _output(model: nn.Module, batch: Batch) -> Any:
+    """A memory that reads what the data name (`retrieval: oracle`) must be told here, too."""
+    known = {"entries": batch.entries} if getattr(model, "takes_entries", False) else {}
+    return model(batch.inputs, segments=batch.segments, positions=batch.positions, **known)
 
 
 def encoded(tokenizer: Any, texts: Iterable[str]) -> Iterator[tuple[int, list[int]]]:
@@ -242,7 +248,7 @@ def encoded(tokenizer: Any, texts: Iterable[str]) -> Iterator[tuple[int, list[in
 
 
 def _score(model: nn.Module, batch: Batch, byte_lengths: Tensor | None) -> Sum:
-    output = model(batch.inputs, segments=batch.segments, positions=batch.positions)
+    output = _output(model, batch)
     head = head_of(model)
     if head is None:
         return score(output.logits, batch, byte_lengths)

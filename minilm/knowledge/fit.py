@@ -43,7 +43,7 @@ def refuse_misfit(folder: str, data: Store) -> None:
         )
     if wrong:
         raise ConfigError(
-            f"model.store: the knowledge store {folder} does not fit the data {data.path}: {listed(wrong)} "
+            f"model.store: the knowledge store {folder} does not fit the data {data.path}: {listed(wrong)}\n"
             "Build it with that tokenizer from that file (minilm knowledge build)."
         )
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,9 @@ class Knowledge(Original):
         wanted = config.layers and torch.get_default_device().type != "meta"
         store = open_store(config) if wanted else None
         if store is not None and config.store != RANDOM:
-            config = dataclasses.replace(config, store_fingerprint=store.fingerprint)
+            # By where it is, not as seen from here: a checkpoint is also opened from elsewhere.
+            place = str(Path(config.store).expanduser().resolve())
+            config = dataclasses.replace(config, store=place, store_fingerprint=store.fingerprint)
         super().__init__(config)
         # No module and no buffer: nothing casts it, averages it, broadcasts it or writes it into a checkpoint.
         self.store = store

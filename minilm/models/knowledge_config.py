@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
-from minilm.errors import ConfigError, listed
+from minilm.errors import CheckpointError, ConfigError, listed
 from minilm.knowledge.store import KnowledgeStore
 from minilm.models import register
 from minilm.models.no_ffn import NoFFNConfig
@@ -79,7 +79,7 @@ class KnowledgeConfig(OriginalConfig):
     index_weight: Annotated[
         float,
         Field(ge=0, description="of a loss that asks for entries drawn by lot with their own codes"),
-    ] = 0.1
+    ] = 0.4
     memory_balance_weight: Annotated[
         float, Field(ge=0, description="of a loss that spreads the choices over the sub-keys; off by default")
     ] = 0.0
@@ -189,7 +189,15 @@ def open_store(config: KnowledgeConfig) -> KnowledgeStore:
             "`minilm knowledge build --source FILE --tokenizer DIR --out DIR` and give model.store=DIR, or set "
             "model.memory=none for the plain model (model.store=random: entries of random tokens, for tests)."
         )
-    store = KnowledgeStore.open(config.store)
+    try:
+        store = KnowledgeStore.open(config.store)
+    except CheckpointError as error:
+        if not config.store_fingerprint:
+            raise
+        raise CheckpointError(
+            f"{error} The model was trained with the store of fingerprint {config.store_fingerprint[:16]}: if it lies "
+            "elsewhere now, give --store DIR."
+        ) from error
     wanted = {
         "store_side": (config.store_side, store.side),
         "store_width": (config.store_width, store.width),

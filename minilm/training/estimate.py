@@ -26,6 +26,8 @@ on a CPU, one byte on CUDA. Torch's fused kernels for the CPU know no dropout: a
 float32 and keeps 12 D for queries, keys and values and 12 H L for softmax, mask and product.
 
 Recomputed blocks keep their input, 4 D (2 D in bfloat16 weights), and one block at a time is there as above.
+
+What single blocks of a model keep beside the others, a knowledge memory or a table of values: `estimate_extra.py`.
 """
 
 from __future__ import annotations
@@ -35,9 +37,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from minilm.models.base import ModelConfig
+from minilm.training.estimate_extra import EXTRAS, nothing
 from minilm.training.layout import BUCKET, Kind
 
-_INSIDE = ("norms", "attention", "feed-forward", "dropout")  # the parts of blocks
+_INSIDE = ("norms", "attention", "feed-forward", "dropout", "memory", "values")  # the parts of blocks
 CHUNK = 1024  # positions whose logits score_hidden holds at a time
 
 
@@ -66,6 +69,7 @@ class Memory:
     buckets: int  # in which gradients travel between ranks
     activations: int | None  # what autograd keeps of one micro-batch
     logits: int  # of the chunk of positions that is being scored, with their gradient; gone afterwards
+    tables: int = 0  # read and not trained: the store of a knowledge memory
 
     accumulates: bool = False  # more than one micro-batch a step
     recomputed: int = 0  # of the activations: made anew in the backward pass, when the logits are gone
@@ -81,7 +85,7 @@ class Memory:
             return None
         forward = max(self.activations, self.activations - self.recomputed + self.logits)
         moving = forward + self.gradients if self.accumulates else max(forward, self.gradients)
-        return self.weights + self.optimizer + self.average + self.buckets + moving
+        return self.weights + self.tables + self.optimizer + self.average + self.buckets + moving
 
 
 def memory(
@@ -123,6 +127,7 @@ def memory(
         buckets=buckets,
         activations=None if parts is None else sum(parts.values()),
         logits=_logits(config, spread, length),
+        tables=config.table_bytes(),
         accumulates=spread.accumulation > 1,
         recomputed=sum(parts[name] for name in _INSIDE) if parts and spread.recompute else 0,
     )
@@ -138,18 +143,25 @@ def activations(config: ModelConfig, spread: Spread, *, length: int, backend: st
         return None
     case = Case.of(config, spread, length=length, backend=backend)
     c, dim, cuda = case.c, config.dim, case.cuda
-    inside = {name: value for name, value in of_block(config, case).items() if name in _INSIDE}
+    extra = EXTRAS.get(config.name, nothing)(config, case)
+    blocks, special = of_block(config, case), extra.inside
     positions, layers = spread.rows * length, config.num_layers
     mask = dim * (1 if cuda else case.residual) if case.dropout else 0
     once = case.norm + 4 * config.head_dim + 8 + mask
     kept = 1 if spread.recompute else layers  # blocks whose inside is there at once
+    # Recomputed, the block that keeps most is what counts.
+    of_those = int(sum(special.values()) > 0) if spread.recompute else extra.blocks
     handed = case.keys if backend != "flash" else 0  # the mask [rows, 1, L, keys] of bool, for the second run
     return {
         "borders of blocks": positions * (layers * case.residual * dim + handed) if spread.recompute else 0,
-        **{name: round(positions * kept * inside.get(name, 0)) for name in _INSIDE},
+        **{
+            name: round(positions * (kept * blocks.get(name, 0) + of_those * special.get(name, 0)))
+            for name in _INSIDE
+        },
         "embedding and last norm": positions * once,
         "output layer": positions * c * dim + 4 * config.vocab_size * dim,
         "bf16 copies of weights": 2 * _products(config) if case.autocast else 0,
+        "shared by blocks": round(positions * extra.per_position + extra.once),
     }
 
 
@@ -260,6 +272,9 @@ BLOCKS: dict[str, Callable[[Any, Case], dict[str, float]]] = {
     "no_ffn_matched": _no_ffn,
     "persistent": _persistent,
     "moe": _moe,
+    "knowledge": _original,
+    "no_ffn_knowledge": _no_ffn,
+    "pkm": _original,
 }
 
 

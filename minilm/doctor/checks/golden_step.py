@@ -28,7 +28,7 @@ from torch import Tensor
 from minilm.doctor import specimens
 from minilm.doctor.core import Finding, NotApplicable, check, failed, passed
 from minilm.doctor.gradients import CUTS, Trial, by_movement, diagnosis
-from minilm.doctor.probes import no_randomness, num_targets, quiet
+from minilm.doctor.probes import no_randomness, num_targets
 from minilm.doctor.stepping import (
     NO_LIMIT,
     Vector,
@@ -37,6 +37,7 @@ from minilm.doctor.stepping import (
     norm,
     reference_gradient,
     reference_gradients,
+    refuse_further_terms,
     relative_error,
     start,
     uneven_rows,
@@ -51,13 +52,7 @@ LIMIT = 1e-3
 def golden_step(subject: Subject) -> Finding:
     """Gradients at the optimizer against the token mean, however the step is cut."""
     rows = uneven_rows(subject)
-    if subject.auxiliary is not None:
-        with quiet(subject, redraw=None, train=True), torch.no_grad():
-            further = [name for name, value in subject.auxiliary(rows).items() if bool(value.any())]
-        if further:
-            raise NotApplicable(
-                f"its training loss has further terms ({', '.join(further)}), whose gradient is added"
-            )
+    refuse_further_terms(subject, rows)
     trials: list[Trial] = []
     noise = 0.0
     for cut in CUTS:

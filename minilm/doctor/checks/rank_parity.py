@@ -34,6 +34,7 @@ from minilm.doctor.stepping import (
     mixture,
     norm,
     reference_gradients,
+    refuse_further_terms,
     shares,
     uneven_rows,
     watched_step,
@@ -95,6 +96,7 @@ def rank_parity(subject: Subject) -> Finding:
     """Weights of all ranks, and what each row of the batch contributes to the gradient of each."""
     assert subject.ranks is not None
     rows = uneven_rows(subject)
+    refuse_further_terms(subject, rows)
     owned = [[0, 1, 2, 3], [4, 5, 6, 7]]
     found = subject.ranks(Steps(rows, owned, NO_LIMIT, steps=2), WORLD)
     if (

@@ -30,7 +30,7 @@ from minilm.doctor.specimens.loss import targets
 from minilm.doctor.subject import Rows, Subject
 
 STEPS = 40
-CLEAR = 0.25  # nats of lead after which no more steps are needed
+CLEAR = 0.25  # nats of lead of the right answer after which no more steps are needed
 LEAST = 0.02
 RATE = 3e-3
 AHEAD = {1: "the next token", 0: "the token that it was given", 2: "the token after the next",
@@ -109,7 +109,7 @@ def _first(gained: dict[int, float]) -> tuple[int, float]:
 def _watch(
     step: Callable[[int], object], logits: Callable[[Rows], Tensor], rows: Rows, cycle: list[int]
 ) -> tuple[dict[int, float], int]:
-    """Step until one of the answers is clearly ahead -> (what each gained, steps)."""
+    """Step until the right answer is clearly ahead, or all steps -> (what each gained, steps)."""
 
     def now() -> dict[int, float]:
         with torch.no_grad():
@@ -123,7 +123,9 @@ def _watch(
         if done % 4 == 0 or done == STEPS:
             after = now()
             gained = {k: after[k] - before[k] for k in before}
-            if _first(gained)[1] > CLEAR:
+            taught, lead = _first(gained)
+            # What was trained has habits: in the first steps another answer may gain by chance, none for long.
+            if taught == 1 and lead > CLEAR:
                 break
     return gained, done
 

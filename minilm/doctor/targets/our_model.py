@@ -180,9 +180,15 @@ class _Ours:
         return total.share(total.tokens)
 
     def has_auxiliary(self) -> bool:
-        """Does the model have losses of its own: seen on two tokens, as nothing declares it."""
-        with torch.no_grad():
-            return bool(self.model(torch.zeros(1, 2, dtype=torch.long, device=self.device)).auxiliary)
+        """Does the model have losses of its own: seen on a few tokens in training mode, as nothing declares it."""
+        modes = [(part, part.training) for part in self.model.modules()]
+        tokens = torch.zeros(1, min(16, self.model.config.max_length), dtype=torch.long, device=self.device)
+        try:
+            with torch.no_grad(), random_states_kept():
+                return bool(self.model.train()(tokens).auxiliary)
+        finally:
+            for part, training in modes:
+                part.training = training
 
     def auxiliary(self, rows: Rows) -> dict[str, Tensor]:
         return self._sum(rows)[1]
