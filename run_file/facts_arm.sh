@@ -29,7 +29,7 @@ case $arm in
   no_ffn) ;;
   no_ffn_matched) words+=(--model.num_layers="$deep") ;;
   knowledge | no_ffn_knowledge) words+=("${reads[@]}") ;;
-  knowledge_lm_only) words=(--model.name=knowledge "${reads[@]}" --model.retrieval_weight=0) ;;
+  knowledge_lm_only) words=(--model.name=knowledge "${reads[@]}" --model.retrieval_weight=0 --model.index_weight=0) ;;
   knowledge_oracle) words=(--model.name=knowledge "${reads[@]}" --model.retrieval=oracle) ;;
   context) words=(--data.store="$facts/store_context") asked+=(--context) ;;
   *)

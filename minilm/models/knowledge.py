@@ -227,6 +227,7 @@ def _shape(config: KnowledgeConfig) -> tuple[RetrievalShape, int, int, int]:
         config.router_dim,
         config.num_candidates,
         config.num_read,
+        config.state_gradient,
     )
     return retriever, config.memory_heads, config.memory_head_dim, config.store_width
 

@@ -80,6 +80,12 @@ class KnowledgeConfig(OriginalConfig):
         float,
         Field(ge=0, description="of a loss that asks for entries drawn by lot with their own codes"),
     ] = 0.4
+    state_gradient: Annotated[
+        float,
+        Field(
+            ge=0, le=1, description="share of the retrieval losses' gradient that goes on to the layers below"
+        ),
+    ] = 0.1
     memory_balance_weight: Annotated[
         float, Field(ge=0, description="of a loss that spreads the choices over the sub-keys; off by default")
     ] = 0.0

@@ -149,22 +149,26 @@ class MemoryLayer(nn.Module):
         store, table = plan.store, plan.embedding
         assert store is not None and table is not None
         queries = F.linear(states, self.query).unflatten(-1, (self.heads, self.head_dim))
+        queries = queries / math.sqrt(self.head_dim)
         ids = store.ids[found.slots].long()  # [N, m, W]
         # Keys and values in one look-up: its backward pass sorts the ids, which costs more than the sums.
         table = F.linear(table, torch.cat((self.key, self.value)))  # [V, 2 d]
-        positions = torch.cat((self.key_positions, self.value_positions), dim=1)
-        keys, values = (F.embedding(ids, table) + positions.to(table.dtype)).chunk(2, dim=-1)  # [N, m, W, d]
-        scores = torch.einsum("nhd,nmwd->nhmw", queries, keys) / math.sqrt(self.head_dim)
+        keys, values = F.embedding(ids, table).chunk(2, dim=-1)  # [N, m, W, d]
+        # Positions are added to the products, which are smaller than keys and values: q (k + p) = q k + q p.
+        positions = queries @ self.key_positions.to(queries.dtype).T  # [N, heads, W]
+        scores = torch.einsum("nhd,nmwd->nhmw", queries, keys) + positions.unsqueeze(2)
         width = torch.arange(ids.shape[-1], device=ids.device)
         there = width < store.lengths[found.slots].unsqueeze(-1)  # [N, m, W]
         # In float32: a difference of two biases of 20 would be lost in 16 bits.
         scores = scores.to(found.scores.dtype) + found.scores[:, None, :, None]
         scores = scores.masked_fill(~there.unsqueeze(1), -math.inf)
-        null = torch.einsum("nhd,d->nh", queries, self.null_key.to(queries.dtype)) / math.sqrt(self.head_dim)
+        null = torch.einsum("nhd,d->nh", queries, self.null_key.to(queries.dtype))
         null = null.to(scores.dtype) + self.null_bias
         attended = torch.cat((scores.flatten(2), null.unsqueeze(-1)), dim=-1).softmax(dim=-1)
         of_entries, of_null = attended.to(values.dtype).split([scores[0, 0].numel(), 1], dim=-1)
         mixed = torch.einsum("nhs,nsd->nhd", of_entries, values.flatten(1, 2))
+        of_positions = of_entries.unflatten(-1, scores.shape[2:]).sum(dim=2)  # [N, heads, W]
+        mixed = mixed + of_positions.to(mixed.dtype) @ self.value_positions.to(mixed.dtype)
         return mixed + of_null * self.null_value.to(mixed.dtype), attended
 
 
