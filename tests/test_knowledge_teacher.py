@@ -34,7 +34,9 @@ def made(tmp_path_factory):
     source = folder / "sentences.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES))
     documents = folder / "documents.jsonl"
-    texts = [f"It is said that {SENTENCES[n % 5]}. Nobody knew why {SENTENCES[(n + 2) % 5]}." for n in range(12)]
+    texts = [
+        f"It is said that {SENTENCES[n % 5]}. Nobody knew why {SENTENCES[(n + 2) % 5]}." for n in range(12)
+    ]
     documents.write_text("".join(json.dumps({"text": f"{n} {text}"}) + "\n" for n, text in enumerate(texts)))
     build_knowledge(source, tokenizer, folder / "knowledge", side=4, width=24, workers=1)
     build_data(folder / "data", [str(documents)], tokenizer, validation_fraction=0.0)

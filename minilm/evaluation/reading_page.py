@@ -61,7 +61,8 @@ def show(inspection: Inspection, console: Any, *, top: int = 2) -> None:
 
 def _changes(inspection: Inspection) -> list[str]:
     return [
-        f"{change.what} (row {change.row}: {change.text}): p of the next token {change.before:.3f} -> {change.after:.3f}"
+        f"{change.what} (row {change.row}: {change.text}): "
+        f"p of the next token {change.before:.3f} -> {change.after:.3f}"
         for change in inspection.interventions
     ]
 
