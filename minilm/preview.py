@@ -30,7 +30,7 @@ from minilm.training.estimate import Memory, Spread, memory
 from minilm.training.layout import Kind, Layout
 
 _ROW_CHARACTERS = 400  # of a decoded row
-PARTS = ("weights", "gradients", "optimizer", "average", "buckets", "activations", "logits")
+PARTS = ("weights", "tables", "gradients", "optimizer", "average", "buckets", "activations", "logits")
 _ROW_POSITIONS = 8  # of its table
 
 
@@ -279,7 +279,16 @@ def _memory(plan: Plan, spread: Spread, kernel: str, num_moments: int) -> Memory
         backend=kernel,
         num_moments=num_moments,
         averages=plan.config.train.ema_decay is not None,
+        labelled=_labelled(plan),
     )
+
+
+def _labelled(plan: Plan) -> float:
+    """Share of the training tokens whose entry in a knowledge store the data name."""
+    store = plan.data.train.store
+    sources = store.manifest["splits"]["train"]["sources"].values()
+    labelled = sum(int(counts.get("labelled", 0)) for counts in sources)
+    return labelled / sum(shard.num_tokens for shard in store.shards("train"))
 
 
 def _backend(config: RunConfig, layout: Layout) -> str:

@@ -96,6 +96,7 @@ def memory(
     backend: str,
     num_moments: int,
     averages: bool = False,
+    labelled: float = 0.0,
 ) -> Memory:
     """Memory of one device while training.
 
@@ -103,6 +104,7 @@ def memory(
     backend      flash, sdpa or eager: what `minilm.models.attention.resolve` chose
     num_moments  values that the optimizer keeps over all parameters: two for each of AdamW's, one for each of Muon's
     averages     does the run keep a moving average of the weights (train.ema_decay)
+    labelled     share of the tokens whose entry in the knowledge store the data name
     """
     n = config.num_parameters()
     if spread.kind == "zero":
@@ -118,7 +120,7 @@ def memory(
     else:
         weights, gradients, optimizer = 4 * n, 4 * n, 4 * num_moments
         buckets = 4 * n if spread.kind == "ddp" else 0  # DDP's buckets are copies of the gradients
-    parts = activations(config, spread, length=length, backend=backend)
+    parts = activations(config, spread, length=length, backend=backend, labelled=labelled)
     return Memory(
         weights=weights,
         gradients=gradients,
@@ -129,11 +131,15 @@ def memory(
         logits=_logits(config, spread, length),
         tables=config.table_bytes(),
         accumulates=spread.accumulation > 1,
-        recomputed=sum(parts[name] for name in _INSIDE) if parts and spread.recompute else 0,
+        recomputed=sum(parts[name] for name in (*_INSIDE, "largest gradient"))
+        if parts and spread.recompute
+        else 0,
     )
 
 
-def activations(config: ModelConfig, spread: Spread, *, length: int, backend: str) -> dict[str, int] | None:
+def activations(
+    config: ModelConfig, spread: Spread, *, length: int, backend: str, labelled: float = 0.0
+) -> dict[str, int] | None:
     """Bytes that autograd keeps of one micro-batch, by part; None for models that nobody has derived.
 
     See the module's text for the derivation.
@@ -141,7 +147,7 @@ def activations(config: ModelConfig, spread: Spread, *, length: int, backend: st
     of_block = BLOCKS.get(config.name)
     if of_block is None:
         return None
-    case = Case.of(config, spread, length=length, backend=backend)
+    case = Case.of(config, spread, length=length, backend=backend, labelled=labelled)
     c, dim, cuda = case.c, config.dim, case.cuda
     extra = EXTRAS.get(config.name, nothing)(config, case)
     blocks, special = of_block(config, case), extra.inside
@@ -161,6 +167,8 @@ def activations(config: ModelConfig, spread: Spread, *, length: int, backend: st
         "embedding and last norm": positions * once,
         "output layer": positions * c * dim + 4 * config.vocab_size * dim,
         "bf16 copies of weights": 2 * _products(config) if case.autocast else 0,
+        # Recomputed, all that the last of them keeps is still there when its gradients are made.
+        "largest gradient": round(positions * extra.backward) if spread.recompute else 0,
         "shared by blocks": round(positions * extra.per_position + extra.once),
     }
 
@@ -179,9 +187,12 @@ class Case:
     backend: str
     length: int
     keys: int  # that a query meets, whether it may attend to them or not
+    labelled: float = 0.0  # share of the positions whose entry is known
 
     @classmethod
-    def of(cls, config: ModelConfig, spread: Spread, *, length: int, backend: str) -> Case:
+    def of(
+        cls, config: ModelConfig, spread: Spread, *, length: int, backend: str, labelled: float = 0.0
+    ) -> Case:
         autocast, cuda = spread.bf16 and spread.kind != "zero", spread.device == "cuda"
         return cls(
             c=2 if spread.bf16 else 4,
@@ -194,6 +205,7 @@ class Case:
             backend=backend,
             length=length,
             keys=length + getattr(config, "num_persistent", 0),
+            labelled=labelled,
         )
 
     def masks(self, config: ModelConfig, branches: int) -> int:
