@@ -114,7 +114,9 @@ def build(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     parts = groups(rest, config.weight_decay)
     for scale in sorted({scale for _, scale in tables}):
         same = [t for t, own in tables if own == scale]
-        parts.append({"params": same, "weight_decay": 0.0, "lr": scale * config.learning_rate, "rate_scale": scale})
+        parts.append(
+            {"params": same, "weight_decay": 0.0, "lr": scale * config.learning_rate, "rate_scale": scale}
+        )
     fused = True if next(module.parameters()).device.type == "cuda" else None
     betas = (config.beta1, config.beta2)
     adamw = torch.optim.AdamW(parts, lr=config.learning_rate, betas=betas, eps=config.eps, fused=fused)
