@@ -186,7 +186,8 @@ def test_a_position_that_is_one_off_or_lost_is_found(data: Data, monkeypatch: py
 
 def test_a_loss_mask_by_the_id_of_eos_is_found(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     eos = small_tokenizer().eos_id
-    monkeypatch.setattr(loaders, "align", lambda tokens, segments: align(tokens, segments, tokens != eos))
+    masked = lambda tokens, segments, entries=None: align(tokens, segments, tokens != eos, entries)  # noqa: E731
+    monkeypatch.setattr(loaders, "align", masked)
     failed(data, "document_ends", "eos-masked-pad-eq-eos")
 
 

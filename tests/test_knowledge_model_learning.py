@@ -105,9 +105,10 @@ def test_frozen_keys_stay_as_they_were_made(name):
     assert not torch.equal(memories(model)[0].retriever.from_code, other)
 
 
-def small_layer():
+def small_layer(**changes):
     """A layer in float64 whose choices have room, with its plan: a grid of 4 x 4, 6 candidates, 2 entries read."""
     sizes = {"store_side": 4, "num_candidates": 6, "num_read": 2, "store_width": 3, "store_code_dim": 6}
+    sizes |= {"state_gradient": 1.0, **changes}
     model = model_of(dim=8, num_heads=2, num_kv_heads=1, key_dim=6, router_dim=5, memory_head_dim=4, **sizes)
     model = exact(model)
     ids = tokens(model, 1, 4)
@@ -142,6 +143,30 @@ def test_the_gradient_of_a_whole_memory_layer_is_right():
 
     given = (x, plan.embedding, model.keys.keys.detach(), *(v.detach() for v in values))
     assert torch.autograd.gradcheck(output, [t.clone().requires_grad_() for t in given], fast_mode=True)
+
+
+def test_of_the_retrieval_losses_gradient_a_share_goes_on_and_of_the_readings_all():
+    """What the layers below get; the numbers themselves are the same."""
+    found = {}
+    for share in (1.0, 0.25, 0.0):
+        model, plan = small_layer(state_gradient=share)
+        x = torch.randn(
+            1, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+        ).requires_grad_()
+        out = memories(model)[0](x, dataclasses.replace(plan, needed=torch.tensor([[3, -1, 15, 6]])))
+        of_losses = torch.autograd.grad(out.losses.sum(), x, retain_graph=True, allow_unused=True)[0]
+        of_reading = torch.autograd.grad(out.x.square().sum(), x)[0]
+        found[share] = (
+            torch.zeros_like(x) if of_losses is None else of_losses,
+            of_reading,
+            out.losses.detach(),
+        )
+    whole, reading, losses = found[1.0]
+    assert whole.abs().max() > 1e-3 and reading.abs().max() > 1e-3
+    for share, (of_losses, of_reading, same) in found.items():
+        torch.testing.assert_close(of_losses, share * whole)
+        torch.testing.assert_close(of_reading, reading)
+        assert torch.equal(same, losses)
 
 
 def largest_jump(steps):
@@ -215,12 +240,10 @@ def naive_loss(layer, model, state, code, label):
         scale = own.log_scale[0].exp() / shape.key_dim**0.5
         rows, columns = (scale * keys[h] @ layer_normed(query.chunk(2)[h]) for h in (0, 1))
         cells = (rows[:, None] + columns[None, :]).flatten()
-        border = cells.sort(descending=True).values[shape.num_candidates]
         second = own.log_scale[1].exp() * (code + own.reread_hidden @ hidden + own.reread_state @ state)
         logits = {}
         for cell in cells.topk(shape.num_candidates).indices.tolist():
-            inside = torch.log(-torch.expm1(-(cells[cell] - border)))
-            logits[cell] = second @ store.codes[cell].double() * store.code_scale + inside
+            logits[cell] = second @ store.codes[cell].double() * store.code_scale
         logits[label] = second @ store.codes[label].double() * store.code_scale
         entry = torch.logsumexp(torch.stack(list(logits.values())), 0) - logits[label]
         row_loss = torch.logsumexp(rows, 0) - rows[label // SIDE]
