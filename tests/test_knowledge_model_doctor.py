@@ -10,12 +10,13 @@ import yaml
 from data_stores import small_tokenizer, texts, write_jsonl
 from knowledge_reference import NAMES, emptied, facts_on_disk, memories, model_of, store_of
 from training_runs import SETTINGS
+from zoo_models import tiny
 
 import minilm
 from minilm import models
 from minilm.data.build import build as build_data
 from minilm.doctor.targets import our_memory
-from minilm.doctor.targets.our_memory import entries_of, initial_stds, memory_view
+from minilm.doctor.targets.our_memory import entries_of, initial_stds, memory_view, without_gradient
 from minilm.doctor.targets.our_model import model_subject
 from minilm.knowledge.build import build as build_knowledge
 from minilm.models import retrieval
@@ -114,6 +115,17 @@ def test_a_memory_that_says_nothing_is_found(plant, bug, place):
         plant(model)
     finding = findings(model, "memory_spread", fresh=False)["memory_spread"]
     assert finding.status == "FAIL" and finding.bugs[0] == bug and place in finding.component
+
+
+def test_a_memory_that_is_told_what_to_read_is_not_accused_of_a_shut_gate():
+    """The checks' rows name no entry, so it reads nothing there and no gradient reaches it."""
+    learned, told = tiny("knowledge"), tiny("knowledge", retrieval="oracle")
+    learned.store = told.store = store_of()
+    assert without_gradient(learned) == ()
+    (finding,) = findings(told, "gradients_reach").values()
+    assert finding.status == "PASS", finding
+    accused = findings(told, "gradients_reach", unused=())["gradients_reach"]
+    assert accused.status == "FAIL" and ".memory" in accused.component
 
 
 def test_an_empty_store_is_no_reason_for_an_alarm():

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from minilm.errors import CheckpointError, ConfigError
 from minilm.export.card import card
 from minilm.export.sources import collect
+from minilm.models.hf.quiet import without_bars
 
 if TYPE_CHECKING:
     from minilm.data.tokenizer import Tokenizer
@@ -55,7 +56,7 @@ def export_folder(
     model = converted(model, dtype)
     own_code = model.config.name != "original"
     with aside(Path(out)) as folder:
-        with quiet_transformers():
+        with without_bars():
             if tokenizer is not None:
                 # First: where there is a model with code, reading a tokenizer asks about that code.
                 save_tokenizer(tokenizer, folder, model.config.max_length)
@@ -207,17 +208,3 @@ def _imported(folder: Path) -> Iterator[Any]:
     finally:
         for name in [n for n in sys.modules if n.partition(".")[0] == package.__name__]:
             del sys.modules[name]
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without the progress bars of saving and loading."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

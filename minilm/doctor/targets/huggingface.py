@@ -17,6 +17,7 @@ from minilm.doctor.probes import random_states_kept
 from minilm.doctor.subject import Rows, Subject
 from minilm.doctor.targets.families import OWN, SMALL, UNUSED, exceptions_of
 from minilm.errors import ConfigError
+from minilm.models.hf.quiet import without_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -248,27 +249,13 @@ class _Theirs:
 
 
 def _saved(module: PreTrainedModel, folder: Path | str) -> None:
-    with _without_bars():
+    with without_bars():
         module.save_pretrained(folder)
 
 
 def _loaded(kind: type[PreTrainedModel], folder: Path | str, dtype: torch.dtype) -> PreTrainedModel:
-    with _without_bars():
+    with without_bars():
         return kind.from_pretrained(str(folder), dtype=dtype).eval()
-
-
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """A check loads a model several times; transformers would draw a progress bar for each."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _windows(settings: Any) -> tuple[int | None, ...] | None:

@@ -53,6 +53,12 @@ def memory_view(model: nn.Module) -> MemoryView | None:
     )
 
 
+def without_gradient(model: nn.Module) -> tuple[str, ...]:
+    """What the checks' rows, which name no entry, cannot reach: a memory that reads the named entry alone."""
+    told = isinstance(model, Knowledge) and model.config.retrieval == "oracle"
+    return ("blocks.*.memory.*",) if told else ()
+
+
 def entries_of(model: nn.Module) -> Callable[[], Sequence[np.ndarray]] | None:
     """The token ids of each entry that a model reads, for `DataView.knowledge`; None for a model without a store."""
     store = getattr(model, "store", None)

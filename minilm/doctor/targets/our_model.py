@@ -17,7 +17,7 @@ from minilm import models
 from minilm.alignment import Batch, Sum, align, score, score_hidden
 from minilm.doctor.probes import random_states_kept
 from minilm.doctor.subject import Rows, Subject
-from minilm.doctor.targets.our_memory import SAME_START, initial_stds, memory_view
+from minilm.doctor.targets.our_memory import SAME_START, initial_stds, memory_view, without_gradient
 from minilm.doctor.targets.our_router import router_view
 from minilm.evaluation.generate import Sampling, choose, generate
 from minilm.evaluation.intervals import Scores
@@ -93,6 +93,7 @@ def _declared(model: nn.Module) -> dict[str, Any]:
         "lowered": ours.lowered,
         "initial_stds": initial_stds(model),
         "same_start": SAME_START,
+        "unused": without_gradient(model),
         "document": ours.document,
         "router": router_view(model),
         "memory": memory_view(model),
