@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minilm.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from minilm.data.loader import DataConfig
 
 _SOURCES = """\
 SOURCE is a place of documents:
@@ -70,15 +74,23 @@ and the seed are used, so that step 0 is the first step of that run.
 
 def add(subparsers: argparse._SubParsersAction) -> None:
     """Add this command to those of `minilm`."""
-    raw = argparse.RawDescriptionHelpFormatter
     data = subparsers.add_parser(
         "data",
         help="build a store of tokens, look into it, see rows as they are trained on",
         description=__doc__,
     )
     commands = data.add_subparsers(metavar="COMMAND", required=True)
+    for command in (_add_build, _add_facts, _add_info, _add_show):
+        command(commands)
 
-    build = commands.add_parser("build", help="sources to a store", description=_BUILD, formatter_class=raw)
+
+def _add_build(commands: argparse._SubParsersAction) -> None:
+    build = commands.add_parser(
+        "build",
+        help="sources to a store",
+        description=_BUILD,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     build.add_argument(
         "--source", action="append", required=True, metavar="SOURCE", help="may be given several times"
     )
@@ -107,11 +119,13 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     build.add_argument("--force", action="store_true", help="replace another store of this name")
     build.set_defaults(run=_build)
 
+
+def _add_facts(commands: argparse._SubParsersAction) -> None:
     facts = commands.add_parser(
         "facts",
         help="a corpus of made-up facts, its database and questions",
         description=_FACTS,
-        formatter_class=raw,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     facts.add_argument("--out", required=True, metavar="DIR", help="folder of the files")
     for name, what in FACTS.items():
@@ -120,6 +134,8 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     facts.add_argument("--force", action="store_true", help="replace other facts of this name")
     facts.set_defaults(run=_facts)
 
+
+def _add_info(commands: argparse._SubParsersAction) -> None:
     info = commands.add_parser("info", help="counts, tokenizer and state of a store")
     info.add_argument("store", metavar="STORE")
     info.add_argument(
@@ -127,8 +143,13 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     )
     info.set_defaults(run=_info)
 
+
+def _add_show(commands: argparse._SubParsersAction) -> None:
     show = commands.add_parser(
-        "show", help="rows as they are trained on", description=_SHOW, formatter_class=raw
+        "show",
+        help="rows as they are trained on",
+        description=_SHOW,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     show.add_argument("path", metavar="PATH", help="store, settings file or run folder")
     show.add_argument("--step", type=int, default=0, help="step whose batch is shown (default 0)")
@@ -256,32 +277,12 @@ def _show(args: argparse.Namespace) -> None:
     import numpy as np
     from rich.console import Console
 
-    from minilm.data.loader import DataConfig, Loader, open_data, validation_batches
+    from minilm.data.loader import Loader, open_data, validation_batches
     from minilm.data.show import show
-    from minilm.data.store import MANIFEST
 
-    path = Path(args.path)
     if args.rows < 1 or args.positions < 0 or args.step < 0:
         raise ConfigError("--rows must be at least 1, --positions and --step at least 0.")
-    own = {"sequence_length": args.sequence_length, "rows": args.row_kind}
-    given = {key: value for key, value in own.items() if value is not None}
-    if _is_store(path / MANIFEST):
-        config, batch_rows, seed = DataConfig(store=str(path), **given), None, 0
-    elif path.exists():
-        from minilm.run import load_config
-
-        if given:
-            raise ConfigError(
-                f"{path} says how rows are made: --sequence-length and --row-kind are for stores."
-            )
-        settings = load_config(path).value
-        config, batch_rows, seed = settings.data, settings.train.batch_size, settings.train.seed
-    elif path.with_name(path.name + ".building").exists():
-        raise DataError(
-            f"The build of the store {path} did not end: run its `minilm data build` again to go on."
-        )
-    else:
-        raise DataError(f"There is no {path}: name a store, a settings file or a run folder.")
+    config, batch_rows, seed = _rows_asked(args)
     data = open_data(config)
     title = f"{config.store}, {args.split}"
     if args.split == "train":
@@ -313,6 +314,32 @@ def _show(args: argparse.Namespace) -> None:
         num_rows=args.rows,
         num_positions=args.positions,
     )
+
+
+def _rows_asked(args: argparse.Namespace) -> tuple[DataConfig, int | None, int]:
+    """How rows are made, the rows of a step where a run says it, and the seed: of a store, settings or a run."""
+    from minilm.data.loader import DataConfig
+    from minilm.data.store import MANIFEST
+
+    path = Path(args.path)
+    own = {"sequence_length": args.sequence_length, "rows": args.row_kind}
+    given = {key: value for key, value in own.items() if value is not None}
+    if _is_store(path / MANIFEST):
+        return DataConfig(store=str(path), **given), None, 0
+    if path.exists():
+        from minilm.run import load_config
+
+        if given:
+            raise ConfigError(
+                f"{path} says how rows are made: --sequence-length and --row-kind are for stores."
+            )
+        settings = load_config(path).value
+        return settings.data, settings.train.batch_size, settings.train.seed
+    if path.with_name(path.name + ".building").exists():
+        raise DataError(
+            f"The build of the store {path} did not end: run its `minilm data build` again to go on."
+        )
+    raise DataError(f"There is no {path}: name a store, a settings file or a run folder.")
 
 
 def _is_store(manifest: Path) -> bool:

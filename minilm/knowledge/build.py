@@ -93,11 +93,8 @@ def build(
         if records.checksum(source) != made_from["source_sha256"]:
             raise DataError(f"{source} was changed while it was read: build again when it is finished.")
         settings = {
-            "side": side,
-            "width": width,
-            "code_dim": code_dim,
+            **{name: made_from[name] for name in ("side", "width", "code_dim", "seed")},
             "vocab_size": tokenizer.num_tokens,
-            "seed": seed,
             "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
             "source": {
                 "path": str(source),
@@ -109,18 +106,22 @@ def build(
             "built_with": {name: version(name) for name in ("minilm", "tokenizers", "numpy", "torch")},
         }
         with progress("codes and layout", 0, "", 1):
-            store = KnowledgeStore.assemble(
-                settings,
-                ids=torch.from_numpy(read.ids),
-                lengths=torch.from_numpy(read.lengths),
-                keys=torch.from_numpy(read.keys),
-                key_starts=torch.from_numpy(np.cumsum(read.key_lengths) - read.key_lengths),
-                offsets=torch.from_numpy(read.offsets),
-                classes=torch.from_numpy(records.token_classes(tokenizer)),
-            )
+            store = _assembled(settings, read, tokenizer)
         publish(store, tokenizer, folder, out)
     # The checksums were taken from the tensors that were written: not once more.
     return Built(KnowledgeStore.open(out, verify=False), False, time.monotonic() - began)
+
+
+def _assembled(settings: dict[str, Any], read: _Read, tokenizer: Tokenizer) -> KnowledgeStore:
+    return KnowledgeStore.assemble(
+        settings,
+        ids=torch.from_numpy(read.ids),
+        lengths=torch.from_numpy(read.lengths),
+        keys=torch.from_numpy(read.keys),
+        key_starts=torch.from_numpy(np.cumsum(read.key_lengths) - read.key_lengths),
+        offsets=torch.from_numpy(read.offsets),
+        classes=torch.from_numpy(records.token_classes(tokenizer)),
+    )
 
 
 @dataclass
