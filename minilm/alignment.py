@@ -199,7 +199,8 @@ class Sum(NamedTuple):
     """A loss in transit: nats summed over `tokens` predictions that cover `bytes` bytes of text.
 
     The fields are float64 scalars (`nats` may carry a graph). `+` adds all three. The means are properties
-    and Python floats; they raise DataError where nothing was counted instead of returning NaN.
+    and Python floats; they raise DataError where nothing was counted instead of returning NaN. Bytes that were
+    not counted are NaN, and stay so in every sum: fewer bytes than tokens would be a wrong number of bits per byte.
     """
 
     nats: Tensor
@@ -207,8 +208,8 @@ class Sum(NamedTuple):
     bytes: Tensor
 
     @classmethod
-    def of(cls, nats: float, tokens: float, num_bytes: float = 0.0) -> Sum:
-        """A Sum of plain numbers, on the CPU."""
+    def of(cls, nats: float, tokens: float, num_bytes: float = math.nan) -> Sum:
+        """A Sum of plain numbers, on the CPU; without `num_bytes` it has no bits per byte."""
         return cls(*torch.tensor([nats, tokens, num_bytes], dtype=torch.float64).unbind())
 
     @classmethod
@@ -261,11 +262,11 @@ class Sum(NamedTuple):
     @property
     def bits_per_byte(self) -> float:
         """Comparable across tokenizers: bits needed per byte of the predicted text."""
-        why = "bytes: no prediction in these rows counts, or the byte lengths of the tokens were not given"
+        why = "bytes: no prediction in these rows counts, or the byte lengths of the tokens were not given for all"
         return self._divided("number of bits per byte", self.bytes, why) / math.log(2)
 
     def _divided(self, what: str, count: Tensor, why: str) -> float:
-        if float(count) == 0:
+        if not float(count) > 0:
             raise DataError(f"There is no {what} over 0 {why}.")
         return float(self.nats.detach()) / float(count)
 
@@ -281,9 +282,20 @@ def nll(logits: Tensor, batch: Batch) -> Tensor:
         )
     counts = batch.weights > 0
     targets = torch.where(counts, batch.targets, _NO_TARGET)
-    logits = _precise(torch.where(counts.unsqueeze(-1), logits, 0))  # a gradient of 0 * NaN would be NaN
+    if torch.is_grad_enabled() or not bool(counts.all()):  # a copy that a scored text does not need
+        logits = torch.where(counts.unsqueeze(-1), logits, 0)  # a gradient of 0 * NaN would be NaN
+    logits = _precise(logits)
     flat = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_NO_TARGET, reduction="none")
     return flat.view_as(targets)
+
+
+def counted(x: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
+    """Only the predictions that count, row after row: x [B, L, ...] -> [N, 1, ...], and the batch of these, [N, 1]."""
+    if tuple(x.shape[:2]) != batch.shape:
+        raise DataError(f"The tensor has shape {list(x.shape)}, the batch {list(batch.shape)}.")
+    counts = batch.weights > 0
+    fields = {name: field[counts].unsqueeze(1) for name, field in batch._fields().items()}
+    return x[counts].unsqueeze(1), Batch(**fields)
 
 
 def score(logits: Tensor, batch: Batch, byte_lengths: Tensor | None = None) -> Sum:
@@ -325,7 +337,7 @@ def _precise(x: Tensor) -> Tensor:
 
 def _bytes(batch: Batch, byte_lengths: Tensor | None) -> Tensor:
     if byte_lengths is None:
-        return torch.zeros((), dtype=torch.float64, device=batch.weights.device)
+        return torch.full((), math.nan, dtype=torch.float64, device=batch.weights.device)
     lengths = byte_lengths.to(batch.targets.device).double()
     # A target that does not count may be any id (padding): look up only where it does.
     return (lengths[torch.where(batch.weights > 0, batch.targets, 0)] * batch.weights).sum()

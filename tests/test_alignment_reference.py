@@ -85,9 +85,10 @@ def test_the_gradient_where_nothing_counts_is_zero_and_not_nan(total: float | Te
 def test_a_batch_without_rows_is_zero_nats() -> None:
     batch = align(torch.zeros(0, 5, dtype=torch.long), torch.zeros(0, 5, dtype=torch.long))
     assert batch.shape == (0, 4)
-    assert [x.item() for x in score(torch.zeros(0, 4, 7), batch)] == [0, 0, 0]
+    lengths = torch.ones(7)
+    assert [x.item() for x in score(torch.zeros(0, 4, 7), batch, lengths)] == [0, 0, 0]
     hidden = torch.zeros(0, 4, 3, requires_grad=True)
-    total = score_hidden(hidden, torch.zeros(7, 3, requires_grad=True), batch)
+    total = score_hidden(hidden, torch.zeros(7, 3, requires_grad=True), batch, lengths)
     assert [x.item() for x in total] == [0, 0, 0]
     assert torch.autograd.grad(total.nats, hidden)[0].shape == hidden.shape
 
@@ -158,6 +159,11 @@ def test_properties_of_a_sum() -> None:
     assert Sum.of(1e6, 1).perplexity == INF
     with pytest.raises(DataError, match="byte lengths of the tokens were not given"):
         _ = Sum.of(6.0, 4).bits_per_byte
+    for mixed in (total + Sum.of(6.0, 4), Sum.of(6.0, 4) + total, sum([total, Sum.of(6.0, 4), total])):
+        assert mixed.tokens in (8, 12)
+        with pytest.raises(DataError, match="not given for all"):
+            _ = mixed.bits_per_byte
+    assert (Sum.zero() + total).bits_per_byte == total.bits_per_byte
     with pytest.raises(TypeError):
         _ = total + 1.0
 
