@@ -29,6 +29,7 @@ _PUBLIC = {
     "DataView": "minilm.doctor.subject",
     "Rows": "minilm.doctor.subject",
     "examine": "minilm.examination",
+    "evaluate": "minilm.assessment",
 }
 _MODULES = (
     "alignment",
@@ -62,6 +63,7 @@ __all__ = [
     "data",
     "doctor",
     "errors",
+    "evaluate",
     "evaluation",
     "examine",
     "from_labels",

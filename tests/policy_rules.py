@@ -56,6 +56,7 @@ def files() -> list[File]:
 FLOORS = {
     "errors": 0,
     "alignment": 1,
+    "ranking": 1,
     "config": 1,
     "processes": 1,
     "data": 2,
@@ -66,6 +67,7 @@ FLOORS = {
     "track": 3,
     "manifest": 3,
     "doctor": 4,
+    "experiments": 4,
     # entry points and what puts the parts together for them
     **dict.fromkeys(
         (
@@ -73,11 +75,15 @@ FLOORS = {
             "books",
             "preview",
             "examination",
+            "assessment",
+            "opening",
+            "agreement",
             "checked",
             "initial",
             "effect",
             "start",
             "launch",
+            "sweeping",
             "export",
             "cli",
             "__main__",

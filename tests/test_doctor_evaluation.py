@@ -52,7 +52,7 @@ def ours(**changes: Any) -> Subject:
         return scores[len(prompt)].total.mean
 
     def document(tokens: Sequence[int]) -> tuple[float, int]:
-        nats, count, _ = measure(model, windows(0, tokens, CONTEXT, CONTEXT // 2)).totals[0]
+        nats, count, *_ = measure(model, windows(0, tokens, CONTEXT, CONTEXT // 2)).totals[0]
         return nats, int(count)
 
     def write(prompts: Sequence[Sequence[int]], max_new_tokens: int, **how: Any) -> list[list[int]]:

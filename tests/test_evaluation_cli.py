@@ -121,15 +121,14 @@ def test_no_prompt_starts_a_new_document(made, call):
 
 
 def test_ctrl_c_ends_the_line_and_exits_130(call, monkeypatch):
-    real = generation._pieces
+    real, numbers = generation.TextStream.__next__, iter(range(100))
 
-    def interrupted(*arguments):
-        for number, piece in enumerate(real(*arguments)):
-            if number == 3:
-                raise KeyboardInterrupt
-            yield piece
+    def interrupted(pieces):
+        if next(numbers) == 3:
+            raise KeyboardInterrupt
+        return real(pieces)
 
-    monkeypatch.setattr(generation, "_pieces", interrupted)
+    monkeypatch.setattr(generation.TextStream, "__next__", interrupted)
     code, out, err = call("--prompt", "the", "--max-new-tokens", "50")
     assert code == 130 and out.startswith("the") and out.endswith("\n") and "Traceback" not in err
 
@@ -146,6 +145,8 @@ def test_bfloat16_weights_generate(call):
         (["--max-new-tokens", "500"], "the model has 128"),
         (["--top-k", "0", "--top-p", "2", "--temperature", "-1"], "3 problems"),
         (["--num-samples", "0"], "--num-samples is 0"),
+        (["--min-p", "2", "--repetition-penalty", "0", "--min-new-tokens", "-1"], "3 problems"),
+        (["--stop", ""], "stop string is ''"),
         (["--prompt-file", "/nowhere.txt"], "cannot be read"),
         (["--prompt", "half a character \udc80"], "surrogate"),
     ],
@@ -161,3 +162,31 @@ def test_a_prompt_file_that_is_not_utf8_names_the_line(call, tmp_path):
     path.write_bytes(b"line\ncaf\xe9\n")
     code, _, err = call("--prompt-file", str(path))
     assert code == 2 and "line 2" in err
+
+
+def test_stop_strings_penalty_and_log_probabilities_reach_the_generator(made, call):
+    flags = ("--prompt", "the", "--max-new-tokens", "20", "--temperature", "0", "--repetition-penalty", "1.2")
+    options = {"temperature": 0, "repetition_penalty": 1.2}
+    (text,) = expected(made, "the", **options)
+    stop = text[5:7]
+    for how in ("--stream", "--no-stream"):
+        code, out, err = call(*flags, "--stop", "not there", "--stop", stop, "--logprobs", "--rate", how)
+        assert (code, out) == (0, "the" + text[: text.index(stop)] + "\n")
+        lines = err.splitlines()
+        assert lines[1].split() == ["logprob", "drawn", "token"] and "tokens/s" in lines[-1]
+    record = json.loads(call(*flags, "--stop", stop, "--json", "--logprobs")[1])
+    assert record["stopped"] == "stop" and record["text"] == text[: text.index(stop)]
+    assert len(lines) == len(record["tokens"]) + 3
+    assert [entry["token"] for entry in record["logprobs"]] == record["tokens"]
+    assert [-entry["logprob"] for entry in record["logprobs"]] == record["nats"]
+    assert record["drawn_nats"] == [0] * len(record["tokens"])
+    (plain,) = expected(made, "the", temperature=0)
+    assert text != plain, "the penalty must change something for this to mean something"
+
+
+@pytest.mark.parametrize(
+    "flags", [["--prompt", "a"], ["--prompt-file", "-"], ["--num-samples", "2"], ["--no-stream"]], ids=str
+)
+def test_what_makes_no_sense_with_a_loop_is_refused(call, flags):
+    code, out, err = call("--interactive", *flags)
+    assert (code, out) == (2, "") and f"{flags[0]} makes no sense with --interactive" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import math
@@ -16,6 +17,7 @@ import torch
 from evaluation_checkpoint import make_run
 from evaluation_reference import log_probabilities, row_logits, slow_generate, token_losses
 
+from minilm import evaluate as evaluate_public
 from minilm.alignment import Sum
 from minilm.data.build import build
 from minilm.data.loader import validation_batches
@@ -24,7 +26,7 @@ from minilm.data.store import Store
 from minilm.errors import CheckFailed, ConfigError, DataError
 from minilm.evaluation.heldout import How, StoreSplit, TextFile, open_held_out
 from minilm.evaluation.intervals import Scores, bootstrap
-from minilm.evaluation.report import Asked, Report, make_report, print_report, printable
+from minilm.evaluation.report import Asked, Report, print_report, printable
 from minilm.evaluation.score import documents, evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -243,10 +245,13 @@ def test_no_document_long_enough_is_shown_as_absent(made, eval_main, tmp_path, c
 
 
 def test_a_model_whose_loss_is_no_number_is_refused(made):
-    held_out = open_held_out(str(made.store.path), made.model, made.tokenizer, sequence_length=16)
-    held_out.scores = lambda *_: Scores(total=Sum.of(math.nan, 5))
-    with pytest.raises(CheckFailed, match="not finite"):
-        make_report(made.model, made.tokenizer, held_out, Asked(), How())
+    broken = copy.deepcopy(made.model)
+    with torch.no_grad():
+        broken.norm.weight[0] = math.nan
+    batches = list(validation_batches(Rows(made.store, "validation", 16), 4))
+    for data in (str(made.store.path), made.texts, batches):
+        with pytest.raises(CheckFailed, match="not finite"):
+            evaluate_public(broken, data, tokenizer=made.tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +304,11 @@ def test_a_model_cannot_command_the_terminal_through_its_samples():
 
 def test_no_number_of_the_table_is_cut_off_in_a_narrow_place(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
-    big = Scores(total=Sum.of(1.4e12, 123_456_789_012, 4e11), interval=(10.5, 12.5), num_documents=12_345_678)
+    big = Scores(
+        total=Sum.of(1.4e12, 123_456_789_012, 4e11),
+        intervals={"loss": (10.5, 12.5)},
+        num_documents=12_345_678,
+    )
     about = {"checkpoint": "runs/" + "x" * 90, "num_processes": 1}
     print_report(Report(about=about, scores=big, continuations={128: big}))
     shown = capsys.readouterr().out

@@ -17,7 +17,7 @@ from minilm.alignment import Sum, align
 from minilm.data.tokenizer import Tokenizer
 from minilm.errors import CheckFailed, ConfigError, DataError
 from minilm.evaluation.intervals import DocumentSums, Scores, bootstrap
-from minilm.evaluation.score import Row, continuation, documents, evaluate, measure, token_nats, windows
+from minilm.evaluation.score import Row, continuation, documents, evaluate, measure, predictions, windows
 
 TEXTS = ["the cat sat on the mat", "a", "", "中文 and é", "def f(x):\n    return x + 1\n" * 12, "dog " * 70]
 
@@ -70,6 +70,9 @@ def test_evaluate_counts_the_bytes_of_the_targets(model, tokenizer):
     assert float(found.bytes) == len(text.encode())
     nats = math.fsum(token_losses(model, tokenizer.document(text)))
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+    for mixed in (found + evaluate(model, [batch]), evaluate(model, [batch]) + found):
+        with pytest.raises(DataError, match="not given for all"):  # nats of both over the bytes of one
+            _ = mixed.bits_per_byte
 
 
 def test_evaluate_restores_the_mode_of_every_submodule_the_random_states_and_grad(model):
@@ -128,13 +131,41 @@ def test_bf16_is_close_to_fp32_but_not_the_same(model):
         evaluate(model, [batch], precision="fp16")
 
 
-def test_token_nats_are_the_losses_of_single_tokens_also_in_chunks(model, monkeypatch):
-    batch = packed_batch(ROWS, 21)
-    whole = token_nats(model, batch)
-    assert whole[0, :4].tolist() == pytest.approx(token_losses(model, ROWS[0][0]), rel=1e-4)
-    assert whole[0, 4] == 0 and whole[1, 4:].eq(0).all()
-    monkeypatch.setattr("minilm.evaluation.score.LOGITS_AT_ONCE", 1)
-    assert torch.allclose(token_nats(model, batch), whole, rtol=1e-5)
+def document_of_ranks(model, wanted: list[int]) -> list[int]:
+    """A document whose tokens after the first have these ranks under the model."""
+    tokens = [1]
+    for rank in wanted:
+        logits = row_logits(model, tokens)[len(tokens) - 1]
+        tokens.append(sorted(range(len(logits)), key=lambda v: (-logits[v], v))[rank])
+    return tokens
+
+
+def test_predictions_are_those_of_single_tokens_also_in_chunks(model, monkeypatch):
+    ranks = [[[0, 3, 1, 9], [4, 5, 6]], [[2] * 11], [[0]]]
+    rows = [[document_of_ranks(model, wanted) for wanted in row] for row in ranks]
+    batch = packed_batch(rows, 13)
+    places = [
+        (r, n, at) for r, row in enumerate(ranks) for n, w in enumerate(row, 1) for at in range(1, len(w) + 1)
+    ]
+    for most in (2**25, 1, 700):
+        monkeypatch.setattr("minilm.evaluation.score.LOGITS_AT_ONCE", most)
+        found = predictions(model, batch)
+        assert [*zip(found.row, found.segment, found.context, strict=True)] == places
+        assert found.nats == pytest.approx(
+            [n for row in rows for d in row for n in token_losses(model, d)], rel=1e-4
+        )
+        assert found.rank.tolist() == [min(rank, 5) for row in ranks for wanted in row for rank in wanted]
+        assert np.isnan(found.bytes).all()
+
+
+def test_of_equally_probable_tokens_the_lower_id_stands_first():
+    """All logits equal: only token 0 is right, and 0 to 4 are among five."""
+    batch = packed_batch([[[9, 0, 1, 4, 5, 8]]], 6)
+    assert predictions(Fixed([2.0] * 10), batch).rank.tolist() == [0, 1, 4, 5, 5]
+    logits = [1.0, 3.0, 2.0, 3.0, 2.0, 2.0, 2.0, 2.0, 0.0, 2.0]
+    batch = packed_batch([[[9, 1, 3, 2, 4, 5, 6, 9, 0, 8]]], 10)
+    assert predictions(Fixed(logits), batch).rank.tolist() == [0, 1, 2, 3, 4, 5, 5, 5, 5]
+    assert predictions(Fixed([1.0, 2.0, 2.0]), packed_batch([[[0, 0, 1, 2]]], 4)).rank.tolist() == [2, 0, 1]
 
 
 # --- documents

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from minilm.cli.model_flags import add_checkpoint, add_dtype
+
 DESCRIPTION = """\
 Write the model of a checkpoint to a new folder that other software loads.
 
@@ -29,26 +31,10 @@ def add(subparsers: Any) -> None:
         allow_abbrev=False,
     )
     arg = sub.add_argument
-    arg(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="a run folder (its newest checkpoint) or a checkpoint",
-    )
+    add_checkpoint(sub)
     arg("--out", required=True, metavar="DIR", help="the folder to make; it must not exist")
     arg("--format", choices=("hf", "gguf"), default="hf", help="default: hf")
-    arg(
-        "--weights",
-        choices=("last", "ema"),
-        default="last",
-        help="those of the last step, or their moving average (train.ema_decay); default: last",
-    )
-    arg(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the weights (default: float32)",
-    )
+    add_dtype(sub)
     sub.set_defaults(run=run)
 
 

@@ -4,10 +4,11 @@
 of any length, one sum per document, so that an interval can be given; `continuation` asks how well a model
 continues a prompt. All three are rows through `alignment.align` and means of a `Sum`: nothing here cuts logits.
 
-Two definitions. A token is counted when it is predicted from at least one token before it in its document:
+Definitions. A token is counted when it is predicted from at least one token before it in its document:
 the first token of a document (BOS, where the tokenizer has one) is not. Bits per byte divides ALL counted nats,
 those of special tokens such as EOS included, by the bytes of text that the counted tokens stand for; special
-tokens stand for 0 bytes.
+tokens stand for 0 bytes. Accuracy is the share of counted tokens that were the most probable one (or among the five
+most probable); of equally probable tokens the one with the lower id stands first.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilm.alignment import Batch, Sum, align, nll, score, score_hidden
+from minilm.alignment import Batch, Sum, align, counted, nll, score, score_hidden
 from minilm.errors import ConfigError, listed
-from minilm.evaluation.intervals import DocumentSums, Scores, processes
+from minilm.evaluation.intervals import COLUMNS, DocumentSums, Scores, processes
 from minilm.evaluation.mode import autocast, context_tokens, device_of, eval_mode, head_of, random_states_kept
+from minilm.evaluation.tally import TOP, Predictions, Tally
 from minilm.evaluation.text import byte_lengths_of
+from minilm.ranking import ranks
 
 POSITIONS_PER_BATCH = 8192  # default size of a batch of rows: rows times length
 LOGITS_AT_ONCE = 2**25  # 128 MiB of float32, whatever the vocabulary
@@ -41,7 +45,7 @@ def evaluate(
 ) -> Sum:
     """The loss of the model on all batches of all ranks. Every rank calls this with its own, disjoint batches.
 
-    byte_lengths  [V] bytes that each token stands for; without it `Sum.bytes` is 0.
+    byte_lengths  [V] bytes that each token stands for; without it there are no bits per byte.
     device        where to compute (default: where the model is).
     precision     "fp32", "bf16" (autocast), or None: as the surrounding code has it.
 
@@ -77,20 +81,32 @@ def documents(
     Every token except a document's first is counted exactly once, however the windows overlap. Under several
     processes each scores every n-th text; all get the same result.
     """
-    length = _window_length(model, sequence_length)
-    stride = max(1, length // 2) if stride is None else stride
-    if not 1 <= stride <= length:
-        raise ConfigError(f"stride is {stride}; it must be 1 to the sequence length {length}.")
-    tokens = encoded(tokenizer, texts)
-    sums = measure(
+    length, stride = window_lengths(model, sequence_length, stride)
+    found = tally_documents(
         model,
-        (row for index, document in tokens for row in windows(index, document, length, stride)),
+        encoded(tokenizer, texts),
+        length,
+        stride,
         byte_lengths=byte_lengths_of(tokenizer),
-        batch_rows=batch_rows or max(1, POSITIONS_PER_BATCH // length),
+        batch_rows=batch_rows,
         device=device,
         precision=precision,
-    ).gathered()
-    return Scores.of(sums, context_tokens=length, least_context_tokens=length - stride)
+    )
+    return Scores.of(found.gathered().documents, context_tokens=length, least_context_tokens=length - stride)
+
+
+def tally_documents(
+    model: nn.Module,
+    token_documents: Iterable[tuple[int, Sequence[int]]],
+    length: int,
+    stride: int,
+    *,
+    batch_rows: int | None = None,
+    **options: Any,
+) -> Tally:
+    """`documents` of (number, tokens), before the processes' parts are put together. Options: as of `tally`."""
+    rows = (row for index, document in token_documents for row in windows(index, document, length, stride))
+    return tally(model, rows, batch_rows=batch_rows or max(1, POSITIONS_PER_BATCH // length), **options)
 
 
 def continuation(
@@ -192,7 +208,12 @@ def windows(document: int, tokens: Sequence[int], length: int, stride: int) -> I
         counted, start = stop, start + stride
 
 
-def measure(
+def measure(model: nn.Module, rows: Iterable[Row], **options: Any) -> DocumentSums:
+    """This process's rows, added up per document. Options: as of `tally`."""
+    return tally(model, rows, **options).documents
+
+
+def tally(
     model: nn.Module,
     rows: Iterable[Row],
     *,
@@ -200,11 +221,11 @@ def measure(
     batch_rows: int = 8,
     device: torch.device | str | None = None,
     precision: str | None = None,
-) -> DocumentSums:
-    """Nats, tokens and bytes of this process's rows, added up per document."""
+) -> Tally:
+    """This process's rows, added up per document and by context."""
     place = torch.device(device) if device is not None else device_of(model)
-    lengths = None if byte_lengths is None else byte_lengths.to("cpu", torch.float64)
-    sums = DocumentSums()
+    lengths = None if byte_lengths is None else byte_lengths.to(place, torch.float64)
+    total = Tally()
     stream = iter(rows)
     with random_states_kept(), eval_mode(model), autocast(place, precision):
         # Rows of like length go together, so that little is padding; some batches at a time, so that memory
@@ -212,31 +233,53 @@ def measure(
         while some := sorted(itertools.islice(stream, 32 * batch_rows), key=lambda row: len(row.tokens)):
             for first in range(0, len(some), batch_rows):
                 group = some[first : first + batch_rows]
-                batch, predicted_bytes = _batch(group, lengths)
-                nats = token_nats(model, batch.to(place)).sum(dim=1, dtype=torch.float64).tolist()
-                counts = batch.weights.sum(dim=1, dtype=torch.float64).tolist()
-                for row, *values in zip(group, nats, counts, predicted_bytes, strict=True):
-                    sums.add(row.document, *values)
-    return sums
+                found = predictions(model, _batch(group).to(place), lengths)
+                total.add(np.array([row.document for row in group])[found.row], found)
+            # A document without a counted token is there, too, and is stated as left out.
+            numbers = np.array([row.document for row in some])
+            total.documents.add_all(numbers, np.zeros((len(some), COLUMNS)))
+    return total
 
 
-def token_nats(model: nn.Module, batch: Batch) -> Tensor:
-    """Nats of every prediction of the batch, [B, L], 0 where it does not count; `LOGITS_AT_ONCE` at a time."""
+@torch.no_grad()
+def predictions(model: nn.Module, batch: Batch, byte_lengths: Tensor | None = None) -> Predictions:
+    """What the model says at the positions that count; the batch is where the model is. `byte_lengths` [V] float64.
+
+    The output layer sees these positions only, at most `LOGITS_AT_ONCE` logits at a time.
+    """
     output = _output(model, batch)
     head = head_of(model)
-    if head is None:
-        return nll(output.logits, batch)
-    rows = max(1, LOGITS_AT_ONCE // (batch.shape[1] * head.shape[0]))
-    starts = range(0, batch.shape[0], rows)
-    return torch.cat(
-        [nll(F.linear(output.hidden[s : s + rows], head), batch.rows(s, s + rows)) for s in starts]
+    states, alone = counted(output.logits if head is None else output.hidden, batch)  # [N, 1, D or V]
+    number = torch.arange(batch.shape[0], device=batch.inputs.device)[:, None].expand(batch.shape)
+    row = counted(number, batch)[0]
+    nats, rank = [], []
+    size = max(1, LOGITS_AT_ONCE // (states.shape[2] if head is None else head.shape[0]))
+    for start in range(0, len(states), size):
+        part, truth = states[start : start + size], alone.rows(start, start + size)
+        logits = part if head is None else F.linear(part, head)
+        nats.append(nll(logits, truth).double())
+        rank.append(ranks(logits, truth, TOP))
+    num_bytes = torch.full_like(row, torch.nan, dtype=torch.float64)
+    if byte_lengths is not None:
+        num_bytes = byte_lengths[alone.targets]
+    empty = [row.new_zeros(0, 1)]
+    fields = (
+        row,
+        alone.segments,
+        alone.positions + 1,
+        torch.cat(nats or empty),
+        torch.cat(rank or empty),
+        num_bytes,
     )
+    return Predictions(*(tensor.squeeze(1).cpu().numpy() for tensor in fields))
 
 
 def _output(model: nn.Module, batch: Batch) -> Any:
     """A memory that reads what the data name (`retrieval: oracle`) must be told here, too."""
     known = {"entries": batch.entries} if getattr(model, "takes_entries", False) else {}
-    return model(batch.inputs, segments=batch.segments, positions=batch.positions, **known)
+    # Rows that are one whole document each need no mask, and kernels are faster without.
+    segments = None if bool((batch.segments == 1).all()) else batch.segments
+    return model(batch.inputs, segments=segments, positions=batch.positions, **known)
 
 
 def encoded(tokenizer: Any, texts: Iterable[str]) -> Iterator[tuple[int, list[int]]]:
@@ -255,20 +298,29 @@ def _score(model: nn.Module, batch: Batch, byte_lengths: Tensor | None) -> Sum:
     return score_hidden(output.hidden, head, batch, byte_lengths)
 
 
-def _batch(rows: Sequence[Row], byte_lengths: Tensor | None) -> tuple[Batch, list[float]]:
-    """Rows padded on the right, and the bytes that each row's counted tokens stand for."""
+def _batch(rows: Sequence[Row]) -> Batch:
+    """Rows padded on the right."""
     width = max(2, *(len(row.tokens) for row in rows))
     tokens = torch.zeros(len(rows), width, dtype=torch.int64)
     segments, learn = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
-    num_bytes = []
     for number, row in enumerate(rows):
         ids = torch.as_tensor(row.tokens, dtype=torch.int64)
         tokens[number, : len(ids)] = ids
         segments[number, : len(ids)] = 1
         learn[number, row.learn_from : len(ids)] = True
-        counted = ids[max(1, row.learn_from) :]  # a document's first token is predicted by nothing
-        num_bytes.append(0.0 if byte_lengths is None else float(byte_lengths[counted].sum()))
-    return align(tokens, segments, learn), num_bytes
+    return align(tokens, segments, learn)
+
+
+def window_lengths(model: nn.Module, length: int | None = None, stride: int | None = None) -> tuple[int, int]:
+    """Inputs per window (default: the model's context) and the tokens that a further one adds (default: half of it).
+
+    Raises ConfigError for lengths that do not fit.
+    """
+    length = _window_length(model, length)
+    stride = max(1, length // 2) if stride is None else stride
+    if not 1 <= stride <= length:
+        raise ConfigError(f"stride is {stride}; it must be 1 to the sequence length {length}.")
+    return length, stride
 
 
 def _window_length(model: nn.Module, asked: int | None) -> int:

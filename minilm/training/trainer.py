@@ -91,6 +91,7 @@ class Trainer:
         self.spikes = incident.Spikes(config.spike_factor)
         self.keeper = incident.Keeper(run_folder, layout, loader, log, tokenizer)
         self.last_validation: tuple[int, Sum] | None = None
+        self.validation_seconds, self.began = 0.0, time.perf_counter()
         self.last_saved: int | None = None
         self.stopped = StopSignals(progress.message)
 
@@ -112,6 +113,7 @@ class Trainer:
         """Train to the last step, or to the next step border after SIGINT or SIGTERM (saving first)."""
         self.saver.prepare(self.num_steps)
         self.layout.objective.train()
+        self.began = time.perf_counter()
         result: StepResult | None = None
         self.progress.start(self.num_steps, self.step)
         budget = Budget(self.layout, max_tokens=self.config.max_tokens, max_minutes=self.config.max_minutes)
@@ -287,15 +289,19 @@ class Trainer:
             "perplexity": total.perplexity,
             "tokens": int(total.tokens),
         }
-        if float(total.bytes):
+        if float(total.bytes) > 0:  # NaN: not counted
             values["bits_per_byte"] = total.bits_per_byte
         if self.layout.average is not None:
             with averaged(self.layout):
                 values["ema_loss"] = self.validate().mean
-        values["seconds/validation"] = time.perf_counter() - start
+        now = time.perf_counter()
+        values["seconds/validation"] = now - start
+        self.validation_seconds += now - start
+        share = self.validation_seconds / (now - self.began)  # of the whole time of this process, also saves
         self.log.log("validation", self.step, values)
+        cost = f"{now - start:.1f} s" + (f", {share:.1%} of the time" if self.step else "")
         self.progress.message(
-            f"step {self.step}: validation loss {total.mean:.4f}, perplexity {total.perplexity:.1f}"
+            f"step {self.step}: validation loss {total.mean:.4f}, perplexity {total.perplexity:.1f} ({cost})"
         )
 
     def _sample(self) -> None:

@@ -79,7 +79,8 @@ class HuggingFaceModel(nn.Module):
             max_length=getattr(settings, "max_position_embeddings", None) or 2**31 - 1,
             count=sum(p.numel() for p in model.parameters()),
         )
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        taken = inspect.signature(model.forward).parameters
+        self.takes_positions, self.takes_cache = "position_ids" in taken, "past_key_values" in taken
         self._plain = self._has_plain_head()
 
     @property
@@ -154,7 +155,7 @@ class HuggingFaceModel(nn.Module):
             raise ConfigError(
                 f"With a cache, {self.config.name} takes one document a row (segment 1), padded on the left (0)."
             )
-        if padded and not self._takes_positions:
+        if padded and not self.takes_positions:
             raise ConfigError(f"{self.config.name} takes no position_ids: give it rows of equal length.")
         mask, places = (known.clone(), places) if padded else (None, positions)
         output = self._run(inputs, mask, places, past_key_values=cache.past, use_cache=True)
@@ -167,7 +168,7 @@ class HuggingFaceModel(nn.Module):
             given["attention_mask"] = mask
         default = torch.arange(ids.shape[1], device=ids.device)
         if positions is not None and (cached or not bool((positions == default).all())):
-            if not self._takes_positions:
+            if not self.takes_positions:
                 raise ConfigError(
                     f"{self.config.name} takes no position_ids; give it rows without positions."
                 )
@@ -175,6 +176,9 @@ class HuggingFaceModel(nn.Module):
         if self._plain:
             hidden = self.model.base_model(**given).last_hidden_state
             return Output(hidden, self.model.get_output_embeddings().weight)
+        if self.model.config.model_type == "minilm":  # our own code in a folder: it gives logits and nothing else
+            logits = self.model(**given).logits
+            return WholeOutput(logits[..., :0], torch.empty(0), whole=logits)
         out = self.model(**given, output_hidden_states=True)
         return WholeOutput(out.hidden_states[-1], torch.empty(0), whole=out.logits)
 
