@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from evaluation_reference import Scripted, tiny_model
+from generation_reference import slow_stop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilm.data.tokenizer import Tokenizer
 from minilm.errors import ConfigError, DataError
 from minilm.evaluation.generate import generate, stream
-from minilm.evaluation.text import TextPieces, text_of
+from minilm.evaluation.text import StoppedText, TextPieces, text_of
 
 TEXT = "héllo wörld 中文字符 👩‍👩‍👧 end"
 
@@ -145,3 +146,85 @@ def test_the_model_is_free_between_two_pieces_and_after_a_stream_that_nobody_fin
     assert model.training and torch.is_grad_enabled()
     pieces.close()
     assert model.training and torch.is_grad_enabled()
+
+
+# --- stop strings
+
+
+def stopped_pieces(tokenizer, ids, stop):
+    decoder = StoppedText(tokenizer, stop)
+    pieces = [decoder.push(i) for i in ids]
+    return [*pieces, decoder.finish()], decoder.stopped
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    text=st.text(alphabet="abc é", max_size=25),
+    stop=st.lists(st.text(alphabet="abc é", min_size=1, max_size=4), max_size=3),
+)
+def test_a_text_is_cut_before_the_first_stop_string_wherever_the_borders_of_tokens_are(tokenizer, text, stop):
+    ids = [i for character in text for i in tokenizer.encode(character)]
+    pieces, found = stopped_pieces(tokenizer, ids, tuple(stop))
+    after = [tokenizer.decode(ids[: n + 1]).rstrip("\ufffd") for n in range(len(ids))]
+    want, number = slow_stop(after, stop)
+    assert "".join(pieces) == want
+    assert (found in stop) == (number is not None)
+    if number is not None:
+        assert not any(pieces[number:])
+
+
+def test_what_may_become_a_stop_string_is_held_back_and_nothing_else(tokenizer):
+    ids = [tokenizer.encode(c)[0] for c in "xENxEEND"]
+    assert stopped_pieces(tokenizer, ids, ("END",)) == (["x", "", "", "ENx", "", "E", "", "", ""], "END")
+    assert stopped_pieces(tokenizer, ids[:3], ("END",)) == (["x", "", "", "EN"], None)
+
+
+def test_generate_and_stream_stop_at_the_same_token_and_give_the_same_text(tokenizer):
+    model = tiny_model(tokenizer.num_tokens)
+    options = {"max_new_tokens": 40, "temperature": 0.9, "seed": 3}
+    prompts = [tokenizer.prompt("the cat"), tokenizer.prompt("x")]
+    free = generate(model, prompts, eos_id=tokenizer.eos_id, tokenizer=tokenizer, **options)
+    text = free[0].text
+    place = next(
+        n for n in range(8, 30) if text.find(text[n : n + 3]) == n and "\ufffd" not in text[n : n + 3]
+    )
+    stop = free[0].text[place : place + 3]
+    rows = generate(model, prompts, eos_id=tokenizer.eos_id, tokenizer=tokenizer, stop=stop, **options)
+    assert rows[0].text == free[0].text[:place] and rows[0].stopped == "stop"
+    assert rows[0].tokens == free[0].tokens[: len(rows[0].tokens)]
+    assert stop in text_of(tokenizer, rows[0].tokens) and stop not in text_of(tokenizer, rows[0].tokens[:-1])
+    assert rows[1].tokens == free[1].tokens or stop in free[1].text
+    pieces = stream(model, tokenizer, "the cat", stop=[stop, "never there"], **options)
+    assert "".join(pieces) == rows[0].text
+    assert (pieces.result.tokens, pieces.result.stopped) == (rows[0].tokens, "stop")
+
+
+def test_the_result_of_a_stream_is_that_of_generate(tokenizer):
+    model = tiny_model(tokenizer.num_tokens)
+    options = {"max_new_tokens": 12, "temperature": 1.1, "seed": 3, "min_p": 0.01, "repetition_penalty": 1.1}
+    (whole,) = generate(
+        model, [tokenizer.prompt("the")], eos_id=tokenizer.eos_id, tokenizer=tokenizer, **options
+    )
+    pieces = stream(model, tokenizer, "the", **options)
+    first = next(pieces)
+    assert pieces.result.text == first and pieces.result.stopped == "cancelled"
+    assert "".join([first, *pieces]) == whole.text == pieces.result.text
+    assert pieces.result == whole
+
+
+def test_a_stream_ends_when_it_is_cancelled_and_gives_what_was_held_back(tokenizer):
+    ids = [tokenizer.encode(c)[0] for c in "xENy"]
+    model = Scripted(ids, tokenizer.num_tokens, prompt_tokens=len(tokenizer.prompt("a")))
+    asked = iter([False, False, False, True])
+    pieces = stream(model, tokenizer, "a", max_new_tokens=9, temperature=0, stop="END", cancel=asked.__next__)
+    assert list(pieces) == ["x", "EN"]
+    assert pieces.result.stopped == "cancelled" and pieces.result.text == "xEN"
+
+
+def test_a_stream_that_failed_is_over(tokenizer):
+    model = Scripted([5], tokenizer.num_tokens)
+    model.forward = lambda *a, **k: 1 / 0
+    pieces = stream(model, tokenizer, "a", max_new_tokens=9)
+    with pytest.raises(ZeroDivisionError):
+        next(pieces)
+    assert list(pieces) == [] and pieces._writer is None

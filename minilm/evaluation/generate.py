@@ -1,88 +1,63 @@
-"""Text from a model: one sampler, one generator, batched or streamed.
+"""Text from a model: one generator for every model, batched or streamed.
 
     results = generate(model, [tokenizer.prompt("def ")], max_new_tokens=64, eos_id=tokenizer.eos_id)
     for piece in stream(model, tokenizer, "def ", max_new_tokens=64):
         print(piece, end="", flush=True)
 
-What can be relied on, each held by a test against a generator without cache:
+What can be relied on, each held by a test against a generator without cache (docs/generation.md):
 * Only new tokens are returned; the prompt goes into the model as it is. Exactly `max_new_tokens` of them, or
-  fewer with EOS as the last.
+  fewer with an end-of-sequence token, or the token that completes a stop string, as the last.
 * Sample i of a call is drawn with `seed + i`, by one uniform number per token from a generator of its own. What
-  else stands in the batch, the global random state and the device do not change it.
-* The order is temperature, top-k, top-p, as in transformers. Of equal logits the lower id counts as the higher.
+  else stands in the batch, the padding, the global random state and the device do not change these numbers. The
+  logits they meet are the same up to the rounding of the model's type.
+* The order is repetition penalty, temperature, top-k, top-p, min-p, as in transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilm.alignment import last, positions_within
-from minilm.errors import CheckFailed, ConfigError, DataError, listed
-from minilm.evaluation.mode import context_tokens, device_of, eval_mode, head_of
-from minilm.evaluation.text import TextPieces
+from minilm.errors import CheckFailed, ConfigError
+from minilm.evaluation.feeding import feed_of
+from minilm.evaluation.prompts import checked_prompts, checked_stop, ending
+from minilm.evaluation.sampling import Sampling, choose, draw, is_integer, penalised
+from minilm.evaluation.text import StoppedText
 
+__all__ = ["Generated", "Sampling", "TextStream", "choose", "generate", "stream"]
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen. Raises ConfigError listing every value that means nothing.
-
-    max_new_tokens  how many tokens to generate, EOS included
-    temperature     logits are divided by it; 0 takes the most probable token always
-    top_k           keep the k most probable tokens, exactly k also among equals; None keeps all
-    top_p           of these keep the fewest whose probabilities reach top_p; 1 (or None) keeps all
-    seed            sample i of a call uses seed + i
-    """
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        problems = []
-        if not _is_integer(self.max_new_tokens) or self.max_new_tokens < 1:
-            problems.append(
-                f"max_new_tokens is {self.max_new_tokens!r}; it must be an integer of at least 1."
-            )
-        if not 0 <= self.temperature < float("inf"):
-            problems.append(
-                f"temperature is {self.temperature!r}; it must be 0 (greedy) or a positive number."
-            )
-        if self.top_k is not None and (not _is_integer(self.top_k) or self.top_k < 1):
-            problems.append(
-                f"top_k is {self.top_k!r}; it must be an integer of at least 1 (leave it out to keep all)."
-            )
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            problems.append(f"top_p is {self.top_p!r}; it must be above 0 and at most 1 (1 keeps all).")
-        if not _is_integer(self.seed) or self.seed < 0:
-            problems.append(f"seed is {self.seed!r}; it must be an integer of at least 0.")
-        if problems:
-            raise ConfigError(listed(problems))
+Stopped = Literal["eos", "stop", "length", "cancelled"]
+Cancel = Callable[[], bool]
 
 
 @dataclass(frozen=True)
 class Generated:
     """A continuation.
 
-    prompt   the tokens that were continued
-    tokens   the new tokens, EOS included where it stopped there
-    stopped  "eos" or "length" (max_new_tokens)
-    nats     of each new token, under the model as it is (temperature 1, nothing cut off): what a teacher-forced
-             loss of the same tokens would say
+    prompt      the tokens that were continued
+    tokens      the new tokens, with the end-of-sequence token, or those of the stop string, that it stopped at
+    nats        of each new token, under the model as it is (temperature 1, nothing cut off): what a teacher-forced
+                loss of the same tokens would say
+    drawn_nats  of each new token, minus the log of the probability with which it was drawn: after penalty,
+                temperature and all cuts; 0 where greedy
+    stopped     "eos", "stop" (a stop string), "length" (max_new_tokens) or "cancelled"
+    text        of the new tokens, cut before the stop string; None where no tokenizer was given
     """
 
     prompt: list[int]
     tokens: list[int]
     nats: list[float]
-    stopped: Literal["eos", "length"]
+    drawn_nats: list[float]
+    stopped: Stopped
+    text: str | None = None
 
 
 def generate(
@@ -90,39 +65,56 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
+    min_new_tokens: int = 0,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
-    eos_id: int | None = None,
+    seeds: Sequence[int] | None = None,
+    eos_id: int | Sequence[int] | None = None,
     bos_id: int | None = None,
+    tokenizer: Any = None,
+    stop: str | Sequence[str] = (),
+    cancel: Cancel | None = None,
 ) -> list[Generated]:
     """Continue every prompt; all go through the model together. Results in the order of the prompts.
 
-    eos_id  stops a sample (None: never); bos_id is what an empty prompt becomes.
+    eos_id     one or several tokens that end a sample (None: nothing does); bos_id is what an empty prompt becomes
+    seeds      one for each prompt, in place of seed, seed + 1, ...
+    tokenizer  gives the results their text; needed for stop strings
+    stop       strings that end a sample (`StoppedText`); min_new_tokens does not hold them off
+    cancel     asked before each step: True ends all samples, which keep what they have
 
     Raises, before anything is computed, ConfigError (settings; prompt and new tokens longer than the context)
     and DataError (an empty prompt without bos_id, ids outside the vocabulary). Raises CheckFailed if the model
     gives logits that are no numbers.
     """
     sampling = Sampling(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
     )
+    stop = checked_stop(stop, tokenizer)
     rows = checked_prompts(model, prompts, max_new_tokens, bos_id)
-    news: list[list[New]] = [[] for _ in rows]
-    for step in _steps(model, rows, sampling, eos_id) if rows else ():
-        for mine, new in zip(news, step, strict=True):
-            if new is not None:
-                mine.append(new)
-    return [
-        Generated(
-            prompt=row,
-            tokens=[new.token for new in mine],
-            nats=[new.nats for new in mine],
-            stopped="eos" if mine[-1].token == eos_id else "length",
-        )
-        for row, mine in zip(rows, news, strict=True)
-    ]
+    own = _seeds(seeds, seed, len(rows))
+    if not rows:
+        return []
+    texts = None if tokenizer is None else [StoppedText(tokenizer, stop) for _ in rows]
+    writer = _Writer(model, rows, sampling, own, ending(eos_id), texts)
+    with writer.feed.computing():
+        while not writer.ended:
+            if cancel is not None and cancel():
+                writer.cancel()
+            else:
+                writer.step()
+    return [writer.result(row) for row in range(len(rows))]
 
 
 def stream(
@@ -131,210 +123,215 @@ def stream(
     text: str,
     *,
     max_new_tokens: int,
+    min_new_tokens: int = 0,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
-) -> Iterator[str]:
-    """The continuation of a text in pieces, as they come; put together they are `tokenizer.decode` of all new tokens.
+    stop: str | Sequence[str] = (),
+    cancel: Cancel | None = None,
+) -> TextStream:
+    """The continuation of a text in pieces, as they come; put together they are the text that `generate` gives.
 
-    A piece never has a part of a character. Settings and prompt are checked at the call, before the first piece.
-    The model may be used for other things between two pieces: its mode is changed within a step only.
+    A piece never has a part of a character, nor of a stop string. Settings and prompt are checked at the call, before
+    the first piece. The model may be used for other things between two pieces: its mode is changed within a step only.
     """
     sampling = Sampling(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
     )
+    decoder = StoppedText(tokenizer, checked_stop(stop, tokenizer))
     rows = checked_prompts(model, [tokenizer.prompt(text)], max_new_tokens, tokenizer.bos_id)
-    return _pieces(_steps(model, rows, sampling, tokenizer.eos_id), TextPieces(tokenizer))
+    return TextStream(_Writer(model, rows, sampling, [seed], ending(tokenizer.eos_id), [decoder]), cancel)
 
 
-def _pieces(steps: Iterator[list[New | None]], decoder: TextPieces) -> Iterator[str]:
-    for (new,) in steps:
-        if new is not None and (piece := decoder.push(new.token)):
-            yield piece
-    if piece := decoder.finish():
-        yield piece
+class TextStream(Iterator[str]):
+    """The pieces of a text. It may be left at any time: `close`, or the end of a `with`, frees the cache."""
+
+    def __init__(self, writer: _Writer, cancel: Cancel | None) -> None:
+        self._writer: _Writer | None = writer
+        self._cancel = cancel
+        self._result = writer.result(0)
+
+    @property
+    def result(self) -> Generated:
+        """What has come so far; `stopped` is "cancelled" until it has ended by itself; `text` is the pieces so far."""
+        return self._result if self._writer is None else self._writer.result(0)
+
+    def __next__(self) -> str:
+        while (writer := self._writer) is not None:
+            if self._cancel is not None and self._cancel():
+                writer.cancel()
+            else:
+                self._step(writer)
+            piece = writer.pieces[0]
+            if writer.ended:
+                self.close()
+            if piece:
+                return piece
+        raise StopIteration
+
+    def _step(self, writer: _Writer) -> None:
+        try:
+            with writer.feed.computing():
+                writer.step()
+        except BaseException:  # an iterator that failed has ended: the cache is freed
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """No more pieces; the cache is freed."""
+        self._result, self._writer = self.result, None
+
+    def __enter__(self) -> TextStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
-def checked_prompts(
-    model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, bos_id: int | None
-) -> list[list[int]]:
-    """The prompts as lists of Python integers, an empty one as [bos_id]; raises for those that cannot be continued."""
-    rows = [[int(token) for token in prompt] for prompt in prompts]
-    rows = [row if row or bos_id is None else [bos_id] for row in rows]
-    empty = [i for i, row in enumerate(rows) if not row]
-    if empty:
-        raise DataError(
-            f"Prompt {empty[0]} is empty, and there is no begin-of-sequence token to start from: give a prompt."
-        )
-    config = getattr(model, "config", None)
-    num_tokens = getattr(config, "vocab_size", None)
-    if num_tokens is not None:
-        wrong = [(i, t) for i, row in enumerate(rows) for t in row if not 0 <= t < num_tokens]
-        if wrong:
-            raise DataError(
-                f"Prompt {wrong[0][0]} has token {wrong[0][1]}, but the model knows 0 to {num_tokens - 1}: "
-                "the tokenizer is not the one that the model was trained with."
-            )
-    context = context_tokens(model)
-    # The last new token is not fed back, so it needs no place in the context.
-    needed = [len(row) + max_new_tokens - 1 for row in rows]
-    if context is not None and rows and max(needed) > context:
-        i = max(range(len(rows)), key=lambda k: needed[k])
-        raise ConfigError(
-            f"Prompt {i} has {len(rows[i])} tokens; with max_new_tokens {max_new_tokens} it needs a context of "
-            f"{needed[i]} tokens, but the model has {context}. Shorten the prompt, or ask for at most "
-            f"{max(0, context - len(rows[i]) + 1)} new tokens."
-        )
-    return rows
-
-
-@dataclass(frozen=True)
-class New:
-    """A new token of one row, and its nats under the model."""
+class _New(NamedTuple):
+    """A new token of one row."""
 
     token: int
     nats: float
+    drawn_nats: float
 
 
-def _steps(
-    model: nn.Module, prompts: list[list[int]], sampling: Sampling, eos_id: int | None
-) -> Iterator[list[New | None]]:
-    """One list per step: the new token of each row, None for rows that have ended."""
-    feed: _Cached | _Repeated
-    if hasattr(model, "new_cache"):
-        feed = _Cached(model, prompts, sampling.max_new_tokens)
-    else:
-        feed = _Repeated(model, prompts)
-    # A generator of its own per row: a row ends without moving the numbers of the others.
-    random = [np.random.default_rng(sampling.seed + i) for i in range(len(prompts))]
-    running = [True] * len(prompts)
-    for number in range(sampling.max_new_tokens):
-        with eval_mode(model):
-            logits = feed.logits()  # [B, V]
-            _check_finite(logits, running, number)
-            uniform = torch.tensor([r.random() for r in random], dtype=torch.float64)
-            chosen = choose(logits, sampling, uniform)
-            nats = -F.log_softmax(logits, dim=-1).gather(1, chosen.unsqueeze(1)).squeeze(1)
-        tokens = chosen.tolist()
-        yield [
-            New(token, value) if active else None
-            for token, value, active in zip(tokens, nats.tolist(), running, strict=True)
-        ]
-        running = [active and token != eos_id for active, token in zip(running, tokens, strict=True)]
-        if not any(running):
-            return
-        feed.append(chosen)
+class _Writer:
+    """A batch of texts being written: one token of each row at each step."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        seeds: list[int],
+        eos: frozenset[int],
+        texts: list[StoppedText] | None,
+    ) -> None:
+        self.prompts, self.sampling, self.eos, self.texts = prompts, sampling, eos, texts
+        self.feed = feed_of(model, prompts, sampling.max_new_tokens)
+        self.news: list[list[_New]] = [[] for _ in prompts]
+        self.whole = [""] * len(prompts)
+        self.pieces = [""] * len(prompts)  # of the last step
+        self.stopped: list[Stopped | None] = [None] * len(prompts)  # None: goes on
+        self.number = 0  # of the step
+        # A generator of its own per row: a row ends without moving the numbers of the others.
+        drawn = [np.random.default_rng(s).random(sampling.max_new_tokens) for s in seeds]
+        self._uniform = torch.from_numpy(np.stack(drawn, axis=1))  # [steps, B]
+        self._seen: Tensor | None = None  # [B, V] bool, which tokens a row has; for the penalty
 
-def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """The next token of each row, [B] int64: the only sampler.
+    @property
+    def ended(self) -> bool:
+        return None not in self.stopped
 
-    logits [B, V]; uniform [B] float64 in [0, 1), the row's random number: the tokens that are kept, from the most
-    probable down, share the unit interval in proportion to their probabilities, and the number falls into one.
-    Computed in float64: with a vocabulary of 100,000 a float32 running sum loses the rare tokens.
-    """
-    if sampling.temperature == 0:
-        return _first_maximum(logits)
-    # The maximum is taken off before dividing, so that no temperature, however small, overflows.
-    scaled = (logits.double() - logits.double().amax(dim=-1, keepdim=True)) / sampling.temperature
-    probabilities, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    # [B] how many of the first may be drawn; 1 where an ended row has run into NaN, whose token nobody reads
-    kept = (probabilities > 0).sum(dim=-1).clamp(min=1)
-    if sampling.top_k is not None:
-        kept = kept.clamp(max=sampling.top_k)
-    reached = probabilities.cumsum(dim=-1)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        whole = reached.gather(1, kept.unsqueeze(1) - 1)  # what is left after top-k counts as 1
-        kept = torch.minimum(kept, (reached < sampling.top_p * whole).sum(dim=-1) + 1)
-    whole = reached.gather(1, kept.unsqueeze(1) - 1)  # [B, 1]
-    place = torch.searchsorted(reached, uniform.to(logits.device).unsqueeze(1) * whole, right=True)
-    place = torch.minimum(place, kept.unsqueeze(1) - 1)  # u * whole may round up to whole
-    return order.gather(1, place).squeeze(1)
+    def step(self) -> None:
+        """One token more for every row that goes on. To be called within `feed.computing()`."""
+        logits = self.feed.logits()  # [B, V]
+        if self.number == 0:
+            self._prepare(logits)
+        highest = logits.amax(dim=-1)  # NaN where any logit is NaN
+        drawn = draw(self._ruled(logits), self.sampling, self._uniform[self.number])
+        nats = -F.log_softmax(logits, dim=-1).gather(1, drawn.tokens.unsqueeze(1)).squeeze(1)
+        # All that the host wants to know comes in one piece: an accelerator is waited for once. Token ids are exact.
+        rows = torch.stack((drawn.tokens.double(), nats.double(), drawn.nats, highest.double()), dim=1)
+        self._take(rows.tolist())
+        if not self.ended:
+            if self._seen is not None:
+                self._seen.scatter_(1, drawn.tokens.unsqueeze(1), True)
+            self.feed.append(drawn.tokens)
 
+    def cancel(self) -> None:
+        """Every row that goes on ends here."""
+        self.pieces = [""] * len(self.prompts)
+        for row, reason in enumerate(self.stopped):
+            if reason is None:
+                self._end(row, "cancelled")
 
-class _Cached:
-    """Rows padded on the left, keys and values kept: after the prompt each step feeds one token a row."""
-
-    def __init__(self, model: Any, prompts: list[list[int]], max_new_tokens: int) -> None:
-        device, width = device_of(model), max(map(len, prompts))
-        self.model = model
-        self.tokens = torch.zeros(len(prompts), width, dtype=torch.int64)
-        self.segments = torch.zeros_like(self.tokens)
-        for row, prompt in enumerate(prompts):
-            self.tokens[row, width - len(prompt) :] = torch.tensor(prompt)
-            self.segments[row, width - len(prompt) :] = 1
-        self.tokens, self.segments = self.tokens.to(device), self.segments.to(device)
-        self.cache = model.new_cache(len(prompts), width + max_new_tokens - 1)
-
-    def logits(self) -> Tensor:
-        """[B, V] float32 (or better) for the token after those fed last."""
-        output = self.model(
-            self.tokens, segments=self.segments, cache=self.cache
-        )  # the cache counts positions
-        rows, width = self.tokens.shape
-        ends = torch.full((rows,), width, device=self.tokens.device)  # padding is on the left: all end there
-        head = head_of(self.model)
-        # Only the last position meets the output layer: for a long prompt that is most of its cost.
-        if head is None:
-            return _precise(last(output.logits, ends))
-        return _precise(F.linear(last(output.hidden, ends), head))
-
-    def append(self, chosen: Tensor) -> None:
-        self.tokens = chosen.unsqueeze(1)
-        self.segments = torch.ones_like(self.tokens)
-
-
-class _Repeated:
-    """For models without a cache: the whole text again at each step, padded on the right.
-
-    On the right, because many models from elsewhere count positions from the start of the row.
-    """
-
-    def __init__(self, model: nn.Module, prompts: list[list[int]]) -> None:
-        self.model = model
-        self.device = device_of(model)
-        self.rows = [list(prompt) for prompt in prompts]
-
-    def logits(self) -> Tensor:
-        width = max(map(len, self.rows))
-        tokens = torch.tensor([row + [0] * (width - len(row)) for row in self.rows])
-        lengths = torch.tensor([len(row) for row in self.rows])
-        segments = (torch.arange(width) < lengths.unsqueeze(1)).long()
-        positions = positions_within(segments)
-        tokens, segments, positions = (x.to(self.device) for x in (tokens, segments, positions))
-        output = self.model(tokens, segments=segments, positions=positions)
-        return _precise(last(output.logits, lengths.to(self.device)))
-
-    def append(self, chosen: Tensor) -> None:
-        for row, token in zip(self.rows, chosen.tolist(), strict=True):
-            row.append(token)
-
-
-def _first_maximum(logits: Tensor) -> Tensor:
-    """argmax with the lowest id among equals, on every device."""
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    highest = logits == logits.amax(dim=-1, keepdim=True)
-    return torch.where(highest, ids, logits.shape[-1]).amin(dim=-1)
-
-
-def _check_finite(logits: Tensor, running: list[bool], step: int) -> None:
-    """-inf is a token that the model rules out; NaN, +inf and a row of -inf alone are defects, not token 0."""
-    bad = (logits.isnan() | logits.isposinf()).any(dim=-1) | logits.isneginf().all(dim=-1)
-    rows = [
-        i for i, (wrong, active) in enumerate(zip(bad.tolist(), running, strict=True)) if wrong and active
-    ]
-    if rows:
-        raise CheckFailed(
-            f"The model's logits for new token {step + 1} of prompt {rows[0]} are not finite (NaN or infinite), so "
-            "there is no next token. Its weights may have diverged or be damaged: look at the loss of the run, or "
-            "load the model in float32 if it was loaded in a smaller type."
+    def result(self, row: int) -> Generated:
+        news = self.news[row]
+        return Generated(
+            prompt=self.prompts[row],
+            tokens=[new.token for new in news],
+            nats=[new.nats for new in news],
+            drawn_nats=[new.drawn_nats for new in news],
+            stopped=self.stopped[row] or "cancelled",
+            text=None if self.texts is None else self.whole[row],
         )
 
+    def _prepare(self, logits: Tensor) -> None:
+        """What needs to know how wide the logits are, and where."""
+        self._uniform = self._uniform.to(logits.device)
+        self._eos = torch.tensor(sorted(self.eos), dtype=torch.int64, device=logits.device)
+        if self.sampling.repetition_penalty != 1:
+            seen = torch.zeros(logits.shape, dtype=torch.bool)
+            for row, prompt in enumerate(self.prompts):
+                seen[row, prompt] = True
+            self._seen = seen.to(logits.device)
 
-def _precise(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    def _ruled(self, logits: Tensor) -> Tensor:
+        """Logits after the rules that look at what was written."""
+        if self._seen is not None:
+            logits = penalised(logits, self._seen, self.sampling.repetition_penalty)
+        if self.number < self.sampling.min_new_tokens and self.eos:
+            logits = logits.index_fill(1, self._eos, -math.inf)
+        return logits
+
+    def _take(self, rows: list[list[float]]) -> None:
+        """Token, nats, nats drawn with and highest logit of each row."""
+        self.pieces = [""] * len(rows)
+        for row, (token, nats, drawn_nats, highest) in enumerate(rows):
+            if self.stopped[row] is not None:
+                continue
+            if not math.isfinite(highest):
+                raise _not_finite(self.number, row)
+            self.news[row].append(_New(int(token), nats, drawn_nats))
+            text = None if self.texts is None else self.texts[row]
+            if text is not None:
+                self.pieces[row] = text.push(int(token))
+            if int(token) in self.eos:
+                self._end(row, "eos")
+            elif text is not None and text.stopped is not None:
+                self._end(row, "stop")
+            elif self.number + 1 == self.sampling.max_new_tokens:
+                self._end(row, "length")
+            else:
+                self.whole[row] += self.pieces[row]
+        self.number += 1
+
+    def _end(self, row: int, reason: Stopped) -> None:
+        if self.texts is not None:
+            self.pieces[row] += self.texts[row].finish()  # may complete a stop string, too
+            reason = reason if self.texts[row].stopped is None else "stop"
+            self.whole[row] += self.pieces[row]
+        self.stopped[row] = reason
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _not_finite(step: int, row: int) -> CheckFailed:
+    """-inf is a token that the model rules out; NaN, +inf and a row of -inf alone are defects, not token 0."""
+    return CheckFailed(
+        f"The model's logits for new token {step + 1} of prompt {row} are not finite (NaN or infinite), so "
+        "there is no next token. Its weights may have diverged or be damaged: look at the loss of the run, or "
+        "load the model in float32 if it was loaded in a smaller type."
+    )
+
+
+def _seeds(seeds: Sequence[int] | None, seed: int, count: int) -> list[int]:
+    if seeds is None:
+        return [seed + i for i in range(count)]
+    if len(seeds) != count or any(not is_integer(s) or s < 0 for s in seeds):
+        raise ConfigError(
+            f"seeds must be {count} integers of at least 0, one for each prompt, not {list(seeds)!r}."
+        )
+    return list(seeds)

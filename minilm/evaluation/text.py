@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 from typing import Any
 
 from minilm.errors import DataError
@@ -43,6 +44,49 @@ class TextPieces:
         if self._exact:
             return self._utf8.decode(b"", final=True)
         return self._tokenizer.decode(self._tokens)[len(self._given) :]
+
+
+class StoppedText:
+    """`TextPieces` that end before a stop string. `push` and `finish` as there; after a stop string both return "".
+
+    The text stops with the first token after which any of the strings is in it, wherever token borders are, and is cut
+    before the earliest of them. What may become a stop string is held back until it has, or no longer can.
+
+    stopped  the string that was found, None so far
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        self._pieces = TextPieces(tokenizer)
+        self._stop = stop
+        self._held = ""
+        self.stopped: str | None = None
+
+    def push(self, token: int) -> str:
+        return "" if self.stopped is not None else self._given(self._pieces.push(token))
+
+    def finish(self) -> str:
+        if self.stopped is not None:
+            return ""
+        piece = self._given(self._pieces.finish())
+        rest, self._held = self._held, ""
+        return piece + rest
+
+    def _given(self, piece: str) -> str:
+        text = self._held + piece
+        found = [(text.index(stop), stop) for stop in self._stop if stop in text]
+        if found:
+            place, self.stopped = min(found)
+            self._held = ""
+            return text[:place]
+        kept = max((_begun(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many characters at the end of the text may be the beginning of the stop string."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def text_of(tokenizer: Any, tokens: list[int]) -> str:

@@ -33,7 +33,8 @@ class Plan:
 
     backend  flash, sdpa or eager: never auto
     cos, sin [B or 1, L, 1, head_dim / 2] rotary factors of each position
-    mask     [B or 1, 1, L, S] bool, True = may attend; None where plain causal attention says it all
+    mask     [B or 1, 1, L, S] bool, True = may attend; None where plain causal attention says it all: as many keys as
+             queries, or one query, the latest
     borders  int32 [documents + 1] first flat index of each document, then B * L (flash only)
     longest  upper bound of a document's length (flash only)
     cache    keys and values of earlier calls, to be extended
@@ -63,10 +64,12 @@ def plan(
     rows, length = inputs.shape
     backend = resolve(backend, inputs.device, dtype, head_dim)
     if cache is not None:
-        # The buffer is longer than the queries, so "causal" alone would be aligned wrongly: always a mask.
+        backend = "sdpa" if backend == "flash" else backend
+        if backend == "sdpa" and cache.unpadded and (length == 1 or cache.length == 0):
+            return Plan(backend, cos, sin, cache=cache)
+        # The buffer is longer than the queries, so "causal" alone would be aligned wrongly: a mask.
         known = cache.all_segments  # [B, S], the segments of these inputs included
-        mask = allowed(known[:, -length:], known)
-        return Plan("sdpa" if backend == "flash" else backend, cos, sin, mask=mask, cache=cache)
+        return Plan(backend, cos, sin, mask=allowed(known[:, -length:], known), cache=cache)
     if backend == "flash":
         return Plan(backend, cos, sin, borders=borders(segments, rows, length, inputs.device), longest=length)
     if segments is not None:
@@ -121,6 +124,8 @@ def eager(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tensor
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tensor:
     """torch's kernels; it picks the fastest that takes these tensors."""
+    if q.shape[1] == 1 and k.shape[2] != q.shape[2] and dropout == 0:
+        return _one_query(q, k, v, plan.mask)
     if q.is_cuda and (plan.mask is not None or q.dtype not in (torch.float16, torch.bfloat16)):
         # Only the memory-efficient CUDA kernel takes a mask or float32, and it knows no grouped heads: left
         # alone, torch would fall back to the kernel that writes all scores to memory.
@@ -131,10 +136,19 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tensor:
         v.transpose(1, 2),
         attn_mask=plan.mask,
         dropout_p=dropout,
-        is_causal=plan.mask is None,  # then as many keys as queries: torch aligns its triangle top left
+        # Without a mask there are as many keys as queries (torch aligns its triangle top left), or one query.
+        is_causal=plan.mask is None and q.shape[1] > 1,
         enable_gqa=k.shape[2] != q.shape[2],
     )
     return out.transpose(1, 2)
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """One token a row, as in generation: the heads that share keys are queries of one head, and keys are read once."""
+    rows, _, heads, width = q.shape
+    grouped = q.reshape(rows, k.shape[2], heads // k.shape[2], width)  # [B, Hkv, H / Hkv, d]
+    out = F.scaled_dot_product_attention(grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return out.reshape(rows, 1, heads, width)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tensor:

@@ -20,6 +20,8 @@ class CachedRows:
     segments   [B, max_length] int64, as given to the model; 0 is padding
     positions  [B, max_length] int64
     length     tokens stored in each row
+    unpadded   in the forward pass that is running, each row is one document from its first token on: nothing is to be
+               hidden from its latest token
     """
 
     def __init__(self, batch_rows: int, max_length: int, device: torch.device | str) -> None:
@@ -28,7 +30,13 @@ class CachedRows:
         self.positions = torch.zeros(batch_rows, max_length, device=device, dtype=torch.long)
         self.max_length = max_length
         self.length = 0
+        self.unpadded = False
         self._pending = 0  # tokens of the forward pass that is running
+        # Segments and positions [B, 1] of the last token of each row, where every row goes on with its own document,
+        # and how many tokens are stored then: all that one more token of each row needs to know.
+        self._front: tuple[int, Tensor, Tensor] | None = None
+        self._coming: tuple[Tensor, Tensor] | None = None  # the same, of the forward pass that is running
+        self._whole = 0  # how many tokens came as one document a row, without padding, from the first on
 
     def begin(
         self, inputs: Tensor, segments: Tensor | None, positions: Tensor | None
@@ -48,23 +56,33 @@ class CachedRows:
                 f"The key/value cache holds {self.max_length} tokens a row: {self.length} are stored and "
                 f"{length} more were given. Make it larger (model.new_cache(..., max_length=...)) or generate less."
             )
+        self._pending = length
+        self.unpadded = segments is None and self._whole == self.length
+        goes_on = segments is None and positions is None
+        if goes_on and length == 1 and self._front is not None and self._front[0] == self.length:
+            segments, positions = self._front[1], self._front[2] + 1
+        else:
+            segments, positions = self._searched(inputs, segments, positions)
+        new = slice(self.length, self.length + length)
+        self.tokens[:, new], self.segments[:, new], self.positions[:, new] = inputs, segments, positions
+        self._coming = (segments[:, -1:], positions[:, -1:]) if goes_on else None
+        return segments, positions
+
+    def _searched(
+        self, inputs: Tensor, segments: Tensor | None, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Segments and positions [B, L] from all that is stored."""
         past_segments = self.segments[:, : self.length]  # [B, S]
         if segments is None:
-            latest = (
-                past_segments.amax(dim=1, keepdim=True) if self.length else past_segments.new_zeros(rows, 1)
-            )
-            segments = latest.clamp(min=1).expand(
-                rows, length
-            )  # document numbers rise, so the latest is the highest
+            # Document numbers rise, so the latest is the highest.
+            latest = past_segments.amax(dim=1, keepdim=True) if self.length else past_segments.new_zeros(1, 1)
+            segments = latest.clamp(min=1).expand_as(inputs)
         if positions is None:
             positions = positions_within(segments)
             if self.length:
                 same = segments[:, :, None] == past_segments[:, None, :]  # [B, L, S]
                 last = torch.where(same, self.positions[:, None, : self.length], -1).amax(dim=2)
                 positions = torch.where(segments > 0, positions + last + 1, 0)
-        new = slice(self.length, self.length + length)
-        self.tokens[:, new], self.segments[:, new], self.positions[:, new] = inputs, segments, positions
-        self._pending = length
         return segments, positions
 
     @property
@@ -86,10 +104,14 @@ class CachedRows:
         """The forward pass is complete: its tokens count. One that failed leaves the cache as it was."""
         self.length += self._pending
         self._pending = 0
+        self._front = None if self._coming is None else (self.length, *self._coming)
+        if self.unpadded:
+            self._whole = self.length
 
     def reset(self) -> None:
         """Forget everything, keep the memory."""
-        self.length = self._pending = 0
+        self.length = self._pending = self._whole = 0
+        self._front = None
 
 
 class KVCache(CachedRows):

@@ -105,8 +105,9 @@ class Persistent(Original):
         """One mask for all layers: that of the tokens, and the persistent vectors open to everyone."""
         mask = plan.mask
         if mask is None:
-            one = torch.ones(1, x.shape[1], dtype=torch.long, device=x.device)
-            mask = allowed(one, one)
+            total = x.shape[1] if plan.cache is None else plan.cache.all_segments.shape[1]
+            one = torch.ones(1, total, dtype=torch.long, device=x.device)
+            mask = allowed(one[:, total - x.shape[1] :], one)
         mask = F.pad(mask, (0, self.config.num_persistent), value=True)  # [B or 1, 1, L, S + N]
         return super().stack(x, dataclasses.replace(plan, mask=mask), segments)
 
