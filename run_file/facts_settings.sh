@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034  # the variables are for those who source it
 # Sourced by the other facts scripts: the environment, and what SCALE=cpu (default) and SCALE=full stand for.
 SCALE=${SCALE:-cpu}
 case $SCALE in

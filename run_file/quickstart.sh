@@ -20,7 +20,7 @@ run=${QUICKSTART_RUN:-quickstart}
 data=data/quickstart
 echo "== corpus and tokenizer ($device)"
 # Documentation twice an epoch: it is a quarter of the text, and what the samples should look like.
-corpus=(--source builtin:python-docs,weight=2 --source builtin:python-source)
+corpus=(--source "builtin:python-docs,weight=2" --source builtin:python-source)
 minilm tokenizer train "${corpus[@]}" --vocab-size 6400 --out "$data/tokenizer"
 minilm data build "${corpus[@]}" --tokenizer "$data/tokenizer" --out "$data/store"
 

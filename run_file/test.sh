@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source run_file/install.sh
-install_minilm dashboard,test
+install_minilm dashboard,test,docs,package
 
 ruff check .
 ruff format --check .
