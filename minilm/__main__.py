@@ -1,4 +1,4 @@
-"""`minilm ...` (the same as `python -m minilm ...`): everything that is not training or evaluating."""
+"""`minilm ...` (the same as `python -m minilm ...`): all commands."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ def main(argv: list[str] | None = None) -> int:
     frame.add_argument("--version", action="version", version=f"minilm {__version__}")
     subparsers = frame.add_subparsers(metavar="COMMAND", required=True)
     for found in sorted(pkgutil.iter_modules(cli.__path__), key=lambda module: module.name):
-        importlib.import_module(f"minilm.cli.{found.name}").add(subparsers)
-    arguments = frame.parse_args(argv)
+        module = importlib.import_module(f"minilm.cli.{found.name}")
+        if hasattr(module, "add"):  # the others hold what several commands share
+            module.add(subparsers)
+    arguments, further = frame.parse_known_args(argv)
+    if hasattr(arguments, "settings"):  # of `train`, whose settings are flags of any name
+        arguments.settings = further
+    elif further:
+        frame.error(f"unrecognized arguments: {' '.join(further)}")
     return cli.guarded(lambda: arguments.run(arguments), debug=arguments.debug)
 
 
