@@ -67,7 +67,7 @@ class Part:
 
 
 def run(entry, monkeypatch, made, tmp_path, parts, *flags):
-    monkeypatch.setattr(entry, "parts", lambda: parts)
+    monkeypatch.setattr("minilm.cli.eval.parts", lambda: parts)
     json_file, page = tmp_path / "scores.json", tmp_path / "scores.html"
     places = ["--checkpoint", str(made.run_folder), "--json", str(json_file), "--html", str(page)]
     try:
