@@ -18,6 +18,7 @@ from training_runs import (
     final_weights,
     launched_script,
     make_store,
+    records,
     run_here,
 )
 from zoo_models import tokens
@@ -88,6 +89,20 @@ def test_a_run_without_a_memory_is_the_plain_run(pair, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert column(plain, "loss") == column(without, "loss")
     assert column(having, "loss")[0] == column(plain, "loss")[0]
+
+
+# ------------------------------------------------------------------ watched
+
+
+def test_the_watch_replays_an_oracle_with_the_labels_that_it_was_trained_with(tmp_path):
+    """Without them it reads nothing, and the replayed loss is that of another model: a false alarm."""
+    data, store = facts_on_disk(tmp_path)
+    asked = {"model__name": "knowledge", "model__store": store, **SETTINGS, "model__retrieval": "oracle"}
+    asked |= {"model__vocab_size": small_tokenizer().num_tokens, "data__rows": "packed"}
+    asked |= {"doctor__watch": "true", "doctor__watch_share": 0.5, "train__steps": 6}
+    run = run_here(tmp_path, data, optim__learning_rate=0.01, **asked)
+    looks = records(run, "doctor")
+    assert looks and all(look["failures"] == 0 and look["replay_error"] < 1e-5 for look in looks), looks
 
 
 # ------------------------------------------------------------------ resume, folders, other stores
