@@ -1,10 +1,16 @@
-"""A package that stands in for SwanLab in the mirror process, and what its tests share."""
+"""A package that stands in for SwanLab in the mirror process, the board of the real one, and what its tests share."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
+import subprocess
+import sys
 import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +103,39 @@ def wait_for(condition: Any, seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < until, "did not happen in time"
         time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def board(folder: Path, log: Path) -> Iterator[int]:
+    """SwanLab's own server for a folder of runs, on a free port of loopback, which is given when it answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command = [sys.executable, "-c", "from swanlab.cli import cli; cli()", "watch", str(folder)]
+    with log.open("wb") as file:
+        server = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)], stdout=file, stderr=file
+        )
+
+    def answers() -> bool:
+        try:
+            get(port, "project")
+        except OSError:
+            return False
+        return True
+
+    try:
+        wait_for(answers, 60)
+        yield port
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def get(port: int, route: str) -> Any:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://127.0.0.1:{port}/api/v1/{route}", timeout=10) as answer:
+        return json.loads(answer.read())["data"]
 
 
 def alive(pid: int) -> bool:

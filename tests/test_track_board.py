@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import socket
-import subprocess
-import sys
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 import pytest
-from swanlab_stand_in import Told, tracker, wait_for
+from swanlab_stand_in import Told, board, get, tracker
 
 from minilm.track import dashboard, read_metrics
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def get(port: int, route: str) -> Any:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"http://127.0.0.1:{port}/api/v1/{route}", timeout=10) as answer:
-        return json.loads(answer.read())["data"]
 
 
 @pytest.mark.skipif(dashboard.choose_mode("auto")[0] != "local", reason="needs swanlab[dashboard]")
@@ -45,22 +27,7 @@ def test_the_real_board_shows_what_metrics_jsonl_says(tmp_path: Path) -> None:
         run.close("finished" if attempt == 2 else "failed", None if attempt == 2 else "test")
     assert told == []
 
-    folder, port = tmp_path / "swanlog", free_port()
-    command = [sys.executable, "-c", "from swanlab.cli import cli; cli()", "watch", str(folder)]
-    with (tmp_path / "watch.log").open("wb") as log:
-        server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)], stdout=log, stderr=log
-        )
-    try:
-
-        def answers() -> bool:
-            try:
-                get(port, "project")
-            except OSError:
-                return False
-            return True
-
-        wait_for(answers, 60)
+    with board(tmp_path / "swanlog", tmp_path / "watch.log") as port:
         experiments = {e["name"]: e for e in get(port, "project")["experiments"]}
         assert set(experiments) == {"run (superseded 1)", "run (resumed 1)"}
         number = experiments["run (resumed 1)"]["id"]
@@ -80,6 +47,3 @@ def test_the_real_board_shows_what_metrics_jsonl_says(tmp_path: Path) -> None:
             assert table["train/nonfinite"] == 1
             assert table["validation/loss"] == 2.0 + 2 / 3
             assert table["samples"] == ["attempt 2: 你好 ?"]
-    finally:
-        server.terminate()
-        server.wait()

@@ -97,7 +97,7 @@ class Dashboard:
             "folder": str(self.folder),
             "log_every": log_every,
             "stall_seconds": STALL_SECONDS,
-            "settings": {key: _shown(value) for key, value in settings.items()},
+            "settings": {key: _shown(value) for key, value in {**settings, **_machine(run_folder)}.items()},
             "earlier": [s["run_id"] for s in self._started if s["folder"] == str(self.folder)],
         }
         self._buffer = b""
@@ -219,6 +219,30 @@ def _last_line(path: Path) -> str:
         file.seek(max(0, path.stat().st_size - 4096))
         lines = file.read().decode("utf-8", errors="replace").split("\n")
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+
+
+def _machine(run_folder: Path) -> dict[str, Any]:
+    """What the run's manifest says of the machine, as lines of the dashboard's config; {} where there is none."""
+    path = run_folder / "manifest.json"
+    if not path.is_file():
+        return {}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    resumes = record.get("resumes") or [{}]
+    machine, packages = record.get("machine") or {}, record.get("packages") or {}
+    # A run that was resumed elsewhere is shown where it is now.
+    changed = resumes[-1].get("changed", {}).get("machine", {})
+    machine = {name: changed[name][1] if name in changed else value for name, value in machine.items()}
+    gpus = [f"{gpu['name']}, {gpu['memory_bytes'] / 1e9:.1f} GB" for gpu in machine.get("gpus") or []]
+    told = {
+        "gpus": "; ".join(gpus) or "none",
+        **{
+            name: machine.get(name)
+            for name in ("cpu", "cpu_cores", "host", "python", "cuda", "nvidia_driver")
+        },
+        "memory_gb": round(machine["memory_bytes"] / 1e9, 1) if machine.get("memory_bytes") else None,
+        "torch": packages.get("torch"),
+    }
+    return {f"machine.{name}": value for name, value in told.items() if value is not None}
 
 
 def _shown(value: Any) -> Any:

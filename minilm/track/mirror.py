@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import queue
@@ -32,6 +33,26 @@ from typing import Any, BinaryIO
 
 _POLL_SECONDS = 0.2
 _ORPHAN_SECONDS = 60.0  # what SwanLab may still take once the training process is gone
+# Groups of charts on the local board, in this order: with what the names of their columns begin.
+SECTIONS = {
+    "loss": ("train/loss", "train/auxiliary/"),
+    "validation": ("validation/",),
+    "samples": ("samples",),
+    "optimizer": ("train/learning_rate", "train/muon_learning_rate", "train/gradient_norm", "train/norm"),
+    "speed": ("train/tokens_per_second", "train/mfu", "train/seconds/"),
+    "memory": ("train/memory/",),
+    "doctor": ("doctor/", "train/nonfinite", "validation/nonfinite", "train/skipped", "train/rollbacks"),
+    "model": ("",),
+    "data": (
+        "train/data/",
+        "train/epoch",
+        "validation/tokens",
+        "train/step_tokens",
+        "train/total_tokens",
+        "train/tokens_share",
+    ),
+    "picture": ("curve",),
+}
 
 
 class Reports:
@@ -103,6 +124,7 @@ class Run:
         self._swanlab = swanlab
         if options["mode"] == "local":
             _number_columns_from_zero()
+            _group_charts()
         self._run = swanlab.init(
             project=options["project"],
             name=options["name"],
@@ -129,11 +151,14 @@ class Run:
             shown = step % self.log_every == 0 or step == 1 or record.get("nonfinite")
             self._waiting = None if shown else record
             values = values_of(record) if shown else {}
-        elif kind == "validation":
+        elif kind in ("validation", "doctor"):
             values = values_of(record)
         elif kind == "sample":
             texts = [
-                self._swanlab.Text(_text(sample), caption=_clean(str(sample.get("prompt", "")))[:200] or None)
+                # The board draws no table at all where a caption is missing.
+                self._swanlab.Text(
+                    _text(sample), caption=_clean(str(sample.get("prompt", "")))[:200] or "(start)"
+                )
                 for sample in record.get("samples", [])
             ]
             values = {"samples": texts} if texts else {}
@@ -180,6 +205,42 @@ def _number_columns_from_zero() -> None:
         self._next_kid = 0
 
     LocalCallbacker.__init__ = numbered_from_zero
+
+
+def section_of(name: str) -> str:
+    """The group of a column: that of the longest beginning that fits."""
+    fitting = [
+        (len(start), section)
+        for section, starts in SECTIONS.items()
+        for start in starts
+        if name.startswith(start)
+    ]
+    return max(fitting)[1]
+
+
+def _group_charts() -> None:
+    """swanlab 0.10 puts every chart of the local board into one group called default; the board itself knows groups."""
+    from swanboard.db.models import Namespace, Project
+    from swanlab.deprecated import local
+
+    original = local.LocalCallbacker._create_column
+
+    class Grouped(local._ColumnInfo):  # type: ignore[misc]
+        def __init__(self, key: str, kid: str, chart_type: Any) -> None:
+            super().__init__(key, kid, chart_type)
+            self.section_name = section_of(key)
+
+    def create_column(self: Any, record: Any, context: Any) -> None:
+        if not self._created_columns:
+            # The board shows groups in the order in which they were made, and none that is empty.
+            places = ({"experiment_id": self.exp.id}, {"project_id": Project.DEFAULT_PROJECT_ID})
+            for place, (rank, name) in itertools.product(places, enumerate(SECTIONS)):
+                if not Namespace.filter(name=name, **place).exists():
+                    Namespace.create(name=name, sort=rank, **place)
+        original(self, record, context)
+
+    local._ColumnInfo = Grouped
+    local.LocalCallbacker._create_column = create_column
 
 
 def differences(run: Run) -> list[str]:
