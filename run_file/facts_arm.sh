@@ -18,6 +18,9 @@ shift 2
 source run_file/facts_settings.sh
 
 asked=() words=(--model.name="$arm")
+# The norm that is clipped holds the retrieval losses' gradient: at 1 it would bite in three of four steps, and shrink the
+# language model's too. Without these losses the limit of 1 bites in one of fifty.
+unclipped=(--optim.clip_norm=10)
 reads=(--model.store="$facts/knowledge/entries" --model.store_side="$side" --model.store_width="$width" "${memory[@]}")
 case $arm in
   original) ;;
@@ -28,9 +31,9 @@ case $arm in
     ;;
   no_ffn) ;;
   no_ffn_matched) words+=(--model.num_layers="$deep") ;;
-  knowledge | no_ffn_knowledge) words+=("${reads[@]}") ;;
+  knowledge | no_ffn_knowledge) words+=("${reads[@]}" "${unclipped[@]}") ;;
   knowledge_lm_only) words=(--model.name=knowledge "${reads[@]}" --model.retrieval_weight=0 --model.index_weight=0) ;;
-  knowledge_oracle) words=(--model.name=knowledge "${reads[@]}" --model.retrieval=oracle) ;;
+  knowledge_oracle) words=(--model.name=knowledge "${reads[@]}" --model.retrieval=oracle "${unclipped[@]}") ;;
   context) words=(--data.store="$facts/store_context") asked+=(--context) ;;
   *)
     echo "There is no arm $arm: see the first lines of run_file/facts_arm.sh." >&2

@@ -30,7 +30,7 @@ from minilm.evaluation.facts import (
     report,
     summary,
 )
-from minilm.evaluation.facts_table import cost_of_run
+from minilm.evaluation.facts_table import BEGIN, END, cost_of_run
 from minilm.evaluation.generate import generate as continued
 from minilm.evaluation.score import documents
 from minilm.models import build, preset
@@ -307,6 +307,41 @@ def test_the_table_has_mean_and_deviation_over_the_seeds(
     assert all((tmp_path / "out" / f"{name}.png").stat().st_size > 10_000 for name in ("tail", "followed"))
     assert run("facts", "table", "--runs", tmp_path / "out", "--out", tmp_path) == 2
     assert "has no ARM-SEED/facts.json" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_figure_of_a_record_that_the_runs_do_not_give_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, tail in (("original-0", 0.1), ("knowledge-0", 0.9)):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "facts.json").write_text(json.dumps(result(1.0, tail, 100)))
+    record = tmp_path / "FACTS.md"
+    record.write_text(f"# Facts\n\nWhat we expect.\n\n{BEGIN}\n{END}\n\nWhat we conclude: 0.9.\n")
+    assert run("facts", "table", "--runs", tmp_path / "runs", "--verify", record) == 1
+    assert run("facts", "table", "--runs", tmp_path / "runs", "--into", record) == 0
+    assert run("facts", "table", "--runs", tmp_path / "runs", "--verify", record) == 0
+    text = record.read_text()
+    assert text.startswith("# Facts\n\nWhat we expect.\n") and text.endswith("What we conclude: 0.9.\n")
+    record.write_text(
+        text.replace("| knowledge | 1 | 0.500 | 0.500 | 0.900", "| knowledge | 1 | 0.500 | 0.500 | 0.990")
+    )
+    capsys.readouterr()
+    assert run("facts", "table", "--runs", tmp_path / "runs", "--verify", record) == 1
+    told = capsys.readouterr().out.strip().splitlines()
+    assert len(told) == 1 and "FACTS.md:" in told[0] and "0.990" in told[0] and "0.900" in told[0]
+    record.write_text("no marks")
+    assert run("facts", "table", "--runs", tmp_path / "runs", "--into", record) == 2
+    assert run("facts", "table", "--runs", tmp_path / "runs") == 2
+    assert record.read_text() == "no marks"
+
+
+def test_the_figures_of_the_record_are_those_of_the_runs_that_are_kept(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place = Path(__file__).parent.parent / "experiment"
+    assert run("facts", "table", "--runs", place / "facts" / "cpu", "--verify", place / "FACTS.md") == 0, (
+        capsys.readouterr().out
+    )
 
 
 def test_the_cost_of_a_run_ends_at_its_step_and_a_pause_is_not_counted(tmp_path: Path) -> None:

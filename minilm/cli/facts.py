@@ -24,8 +24,12 @@ _TABLE = """\
 Mean and standard deviation over the seeds of each arm, as a table and two plots.
 
   minilm facts table --runs runs/facts --out runs/facts
+  minilm facts table --runs experiment/facts/cpu --into experiment/FACTS.md
+  minilm facts table --runs experiment/facts/cpu --verify experiment/FACTS.md
 
-RUNS holds a folder ARM-SEED for each run, with its facts.json of `minilm facts score`.
+RUNS holds a folder ARM-SEED for each run, with its facts.json of `minilm facts score`. --into puts the table
+between the marks of a record; --verify names each line of a record's table that is not what the runs give,
+and ends with exit code 1.
 """
 
 
@@ -50,7 +54,9 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     table.add_argument(
         "--runs", required=True, metavar="DIR", help="folder with a folder ARM-SEED for each run"
     )
-    table.add_argument("--out", required=True, metavar="DIR", help="where table and plots are written")
+    table.add_argument("--out", metavar="DIR", help="where table and plots are written")
+    table.add_argument("--into", type=Path, metavar="FILE", help="record whose table is written anew")
+    table.add_argument("--verify", type=Path, metavar="FILE", help="record whose table is recomputed")
     table.set_defaults(run=_table)
 
 
@@ -110,14 +116,31 @@ def _score(args: argparse.Namespace) -> None:
         args.json.write_text(json.dumps({**about, **told}, indent=1) + "\n")
 
 
-def _table(args: argparse.Namespace) -> None:
-    from minilm.evaluation.facts_table import collect, plot, written
+def _table(args: argparse.Namespace) -> int:
+    from minilm.evaluation.facts_table import collect, differing, placed, plot, written
+    from minilm.manifest import write_atomically
 
+    if not (args.out or args.into or args.verify):
+        raise ConfigError("Say what the table is for: --out DIR, --into RECORD or --verify RECORD.")
+    for record in (args.into, args.verify):
+        if record is not None and not record.is_file():
+            raise ConfigError(f"There is no record {record}.")
     arms = collect(args.runs)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     text = written(arms)
-    (out / "table.md").write_text(text)
-    print(text)
-    for path in plot(arms, out):
-        print(f"wrote {path}")
+    if args.verify is not None:
+        wrong = differing(args.verify.read_text(encoding="utf-8"), text, str(args.verify))
+        print("\n".join(wrong) or f"{args.verify}: every figure of the table is that of the runs")
+        if wrong:
+            return 1
+    if args.into is not None:
+        record = placed(args.into.read_text(encoding="utf-8"), text, str(args.into))
+        write_atomically(args.into, record.encode())
+        print(f"wrote the table of {args.into}")
+    if args.out is not None:
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "table.md").write_text(text)
+        print(text)
+        for path in plot(arms, out):
+            print(f"wrote {path}")
+    return 0

@@ -13,6 +13,7 @@ from typing import Any
 from minilm.errors import DataError
 
 FILE = "facts.json"
+BEGIN, END = "<!-- minilm facts table: begin -->", "<!-- minilm facts table: end -->"
 SPLITS = ("head", "mid", "tail", "database_only", "text_only", "counterfactual", "without_answer")
 AXES = {"tokens": "training tokens", "flops": "training FLOPs", "seconds": "training time in seconds"}
 HEADLINES = {"tail": "facts seen a few times, accuracy", "followed": "edits followed"}
@@ -86,6 +87,28 @@ def written(arms: Sequence[Arm]) -> str:
         _table(arms, costs, lambda value: f"{value:.3g}"),
     ]
     return "\n".join(parts)
+
+
+def placed(record: str, tables: str, where: str) -> str:
+    """The record with these tables between its marks. Raises DataError, naming `where`, if it has no such marks."""
+    parts = record.split(BEGIN), record.split(END)
+    if any(len(part) != 2 for part in parts) or record.index(BEGIN) > record.index(END):
+        raise DataError(f"{where} needs one line {BEGIN} and after it one line {END}: the tables go between.")
+    return f"{parts[0][0]}{BEGIN}\n\n{tables}\n{END}{parts[1][1]}"
+
+
+def differing(record: str, tables: str, where: str) -> list[str]:
+    """Lines of the record's tables that are not those of the runs: where, what stands there, what should."""
+    right = placed(record, tables, where).splitlines()
+    stated = record.splitlines()
+    found = [
+        f"{where}:{number}: {there!r} should be {line!r}"
+        for number, (there, line) in enumerate(zip(stated, right, strict=False), 1)
+        if there != line
+    ]
+    if len(stated) != len(right):
+        found.append(f"{where} has {len(stated)} lines and should have {len(right)}")
+    return found
 
 
 def plot(arms: Sequence[Arm], out: Path) -> list[Path]:
