@@ -11,6 +11,10 @@ neighbours: what else a machine does meets both. Told are medians, with the lowe
 ratio, of processor time of this process, which other people's load moves less. The time is that of a whole call, prompt
 and the laying out of weights included.
 
+On a busy machine a call is interrupted many times, a step of a few milliseconds often not at all. So the steps after
+the first token are timed one by one, too, and the lowest tenth of them all is told as `undisturbed`; the prompt and the
+laying out of weights are not in it.
+
 The floor is the time that the matrix products of one step take alone, with the weights as they lie in the model
 (torch's own product), as our generator multiplies, and that of reading them once (a sum). Nothing that uses these
 products can be faster.
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -97,10 +102,15 @@ def _measured(ours: Any, theirs: Any, rows: int, threads: int, args: argparse.Na
     prompts = _prompts(rows, args.prompt, ours.config.vocab_size)
     ids = torch.tensor(prompts)
 
+    marks: dict[str, list[list[float]]] = {"ours": [], "transformers": []}
+
     def mine() -> list[list[int]]:
-        return [r.tokens for r in generate(ours, prompts, max_new_tokens=args.new, temperature=0)]
+        clock = _Clock(marks["ours"])  # asked before each step
+        found = generate(ours, prompts, max_new_tokens=args.new, temperature=0, cancel=clock.tick)
+        return [r.tokens for r in found]
 
     def other() -> list[list[int]]:
+        clock = _Clock(marks["transformers"])  # given the prompt, then each token
         with torch.inference_mode():
             whole = theirs.generate(
                 ids,
@@ -108,10 +118,13 @@ def _measured(ours: Any, theirs: Any, rows: int, threads: int, args: argparse.Na
                 max_new_tokens=args.new,
                 do_sample=False,
                 pad_token_id=0,
+                streamer=clock,
             )
         return whole[:, args.prompt :].tolist()
 
     same = mine() == other()  # also the first call of each, which is not counted
+    for some in marks.values():
+        some.clear()
     times: dict[str, list[float]] = {"ours": [], "transformers": []}
     processor: dict[str, list[float]] = {"ours": [], "transformers": []}
     for _ in range(args.repeats):
@@ -119,6 +132,7 @@ def _measured(ours: Any, theirs: Any, rows: int, threads: int, args: argparse.Na
             before = time.process_time()
             times[name].append(_seconds(write) / args.new)
             processor[name].append((time.process_time() - before) / args.new)
+    undisturbed = {name: _undisturbed(some) for name, some in marks.items()}
     return {
         "rows": rows,
         "threads": threads,
@@ -129,9 +143,36 @@ def _measured(ours: Any, theirs: Any, rows: int, threads: int, args: argparse.Na
             name: _spread([1e3 * t for t in some]) for name, some in processor.items()
         },
         "processor_times_faster": _spread(_ratios(processor)),
+        "undisturbed_milliseconds": undisturbed,
+        "undisturbed_times_faster": undisturbed["transformers"] / undisturbed["ours"],
+        "load_average": os.getloadavg(),
         "tokens_per_second": {name: rows / statistics.median(some) for name, some in times.items()},
         "floor_milliseconds": _floor(ours, rows, args),
     }
+
+
+class _Clock:
+    """When each step of one call began, for either side: `put` and `end` are what transformers calls a streamer by."""
+
+    def __init__(self, calls: list[list[float]]) -> None:
+        self.marks: list[float] = []
+        calls.append(self.marks)
+
+    def tick(self) -> bool:
+        self.marks.append(time.perf_counter())
+        return False
+
+    def put(self, value: Any) -> None:
+        self.tick()
+
+    def end(self) -> None:
+        """Nothing is kept back."""
+
+
+def _undisturbed(calls: list[list[float]]) -> float:
+    """Milliseconds of a step, lowest tenth of all but the first two marks, where the prompt is read."""
+    steps = [b - a for marks in calls for a, b in itertools.pairwise(marks[2:])]
+    return 1e3 * sorted(steps)[len(steps) // 10]
 
 
 def _floor(ours: Any, rows: int, args: argparse.Namespace) -> dict[str, float]:
@@ -189,10 +230,13 @@ def _line(result: dict[str, Any]) -> str:
         return f"{spread['median']:{form}} ({spread['lowest']:{form}} to {spread['highest']:{form}})"
 
     steps, floor = result["milliseconds_per_step"], result["floor_milliseconds"]
+    undisturbed = result["undisturbed_milliseconds"]
     return (
         f"{result['rows']:3} streams, {result['threads']} threads: ours {told(steps['ours'], '.2f')} ms a step, "
         f"transformers {told(steps['transformers'], '.2f')}; {told(result['times_faster'], '.2f')} times as fast "
         f"(by processor time {told(result['processor_times_faster'], '.2f')}); "
+        f"undisturbed steps {undisturbed['ours']:.2f} and {undisturbed['transformers']:.2f}, "
+        f"{result['undisturbed_times_faster']:.2f} times as fast; "
         f"products alone {floor['ours']:.2f}, by torch {floor['torch']:.2f}, reading {floor['reading']:.2f}; "
         f"same text: {'yes' if result['same_text'] else 'NO'}"
     )

@@ -33,7 +33,7 @@ experiment_words() { # $@: the words of the script; sets dry_run, foreground, se
 }
 
 experiment_install() {
-  if ! python -c 'import minilm' 2>/dev/null; then
+  if ! minilm --version > /dev/null 2>&1; then # not `import minilm`: the checkout itself can be imported by any Python
     if [ "$dry_run" = 1 ]; then
       echo "would install minilm into .venv (run_file/install.sh)"
       return

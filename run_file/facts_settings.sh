@@ -21,7 +21,7 @@ case $SCALE in
 esac
 facts=data/facts/$SCALE
 runs=runs/facts-$SCALE
-if ! python -c 'import minilm' 2>/dev/null; then
+if ! minilm --version > /dev/null 2>&1; then # not `import minilm`: the checkout itself can be imported by any Python
   source run_file/install.sh
   install_minilm dashboard
 fi

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minilm.alignment import last, positions_within
+from minilm.evaluation.decoding import Decoder, decodes
 from minilm.evaluation.mode import device_of, eval_mode, head_of
 from minilm.evaluation.products import Products
 
@@ -59,6 +60,9 @@ class Cached:
         self.cache = model.new_cache(len(prompts), width + max_new_tokens - 1)
         self.modules = list(model.modules())
         self.products = Products(model, head_of(model), rows=len(prompts), steps=max_new_tokens)
+        self.decoder = None
+        if decodes(model, self.products):
+            self.decoder = Decoder(model, self.cache, self.products, [len(prompt) for prompt in prompts])
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -68,6 +72,8 @@ class Cached:
             yield
 
     def logits(self) -> Tensor:
+        if self.decoder is not None and self.cache.length:
+            return self.decoder.logits(self.tokens.squeeze(1))
         # The cache counts positions and knows the document of each row.
         output = self.model(self.tokens, segments=self.segments, cache=self.cache)
         head = self.products.head

@@ -176,7 +176,8 @@ class HuggingFaceModel(nn.Module):
         if self._plain:
             hidden = self.model.base_model(**given).last_hidden_state
             return Output(hidden, self.model.get_output_embeddings().weight)
-        if self.model.config.model_type == "minilm":  # our own code in a folder: it gives logits and nothing else
+        if self.model.config.model_type == "minilm":
+            # Our own code in a folder: it gives logits and nothing else.
             logits = self.model(**given).logits
             return WholeOutput(logits[..., :0], torch.empty(0), whole=logits)
         out = self.model(**given, output_hidden_states=True)
