@@ -21,7 +21,7 @@ case $SCALE in
 esac
 facts=data/facts/$SCALE
 runs=runs/facts-$SCALE
-if ! minilm --version > /dev/null 2>&1; then # not `import minilm`: the checkout itself can be imported by any Python
+if ! command -v minilm > /dev/null; then # not `import minilm`: any Python can import it from the checkout
   source run_file/install.sh
   install_minilm dashboard
 fi

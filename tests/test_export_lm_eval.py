@@ -1,9 +1,8 @@
-"""Exported folders in lm-evaluation-harness: its log-likelihoods and texts are those of our own model.
-
-The harness brings forty packages, so it is not among the packages for tests: `pip install lm-eval` runs these.
-"""
+"""Exported folders in lm-evaluation-harness: its log-likelihoods and texts are those of our own model."""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 import torch
@@ -28,6 +27,9 @@ PAIRS = [
 def test_the_harness_sees_our_model(name, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    # A package that was imported from another place would be looked into for this folder's files.
+    for module in [m for m in sys.modules if m.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, module)
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
