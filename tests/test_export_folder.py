@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from remote_code import kept_apart
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from zoo_models import every_model, tiny, tokens
@@ -49,8 +50,7 @@ def exported(tmp_path_factory):
         return made[name]
 
     with pytest.MonkeyPatch.context() as patch:  # where transformers keeps the code of folders
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(root / "modules"))
-        patch.syspath_prepend(str(root / "modules"))
+        kept_apart(patch, root / "modules")
         yield get
     transformers.utils.logging.enable_progress_bar()
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
-import transformers
 from evaluation_checkpoint import TEXT
+from remote_code import kept_apart
 from zoo_models import tiny
 
 from minilm.data.tokenizer import Tokenizer
@@ -25,11 +23,7 @@ PAIRS = [
 
 @pytest.mark.parametrize("name", ["original", "moe", "knowledge"])
 def test_the_harness_sees_our_model(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    # A package that was imported from another place would be looked into for this folder's files.
-    for module in [m for m in sys.modules if m.partition(".")[0] == "transformers_modules"]:
-        monkeypatch.delitem(sys.modules, module)
+    kept_apart(monkeypatch, tmp_path / "modules")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

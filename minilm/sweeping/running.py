@@ -208,7 +208,9 @@ def _reason(log: Path) -> str:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
         text = file.read().decode("utf-8", errors="replace").strip()
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("(--debug")]
+    # What stands behind the paragraph was printed earlier, and came out of a buffer when the process ended.
+    text, _, _ = text.partition("\n(--debug")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     begun = [
         n for n, line in enumerate(lines) if ": " in line and line.split(":")[0].endswith(("Error", "Failed"))
     ]
