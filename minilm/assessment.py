@@ -48,7 +48,7 @@ def evaluate(
 
         minilm.evaluate("runs/first", "held_out.jsonl").loss
         minilm.evaluate(model, ["a text", "another"], tokenizer=tokenizer).bits_per_byte
-        minilm.evaluate(model, batches).scores.interval
+        minilm.evaluate(model, batches).scores.intervals
 
     model            a model of ours, a transformers causal LM, or a place: run folder, checkpoint, Hugging Face folder
     data             a place (a store, or texts as `minilm data build` reads them), texts, or `Batch`es

@@ -18,8 +18,8 @@ shift 2
 source run_file/facts_settings.sh
 
 asked=() words=(--model.name="$arm")
-# The norm that is clipped holds the retrieval losses' gradient: at 1 it would bite in three of four steps, and shrink the
-# language model's too. Without these losses the limit of 1 bites in one of fifty.
+# The norm that is clipped holds the retrieval losses' gradient: at 1 it would bite in three of four steps, without these
+# losses in one of fifty. What came of either: experiment/FACTS.md.
 unclipped=(--optim.clip_norm=10)
 reads=(--model.store="$facts/knowledge/entries" --model.store_side="$side" --model.store_width="$width" "${memory[@]}")
 case $arm in
