@@ -27,6 +27,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
+from minilm import onednn
 from minilm.errors import DataError
 
 IGNORED = -100  # the Hugging Face mark for "not a target"; it exists at the border only (`from_labels`)
@@ -346,8 +347,8 @@ def _bytes(batch: Batch, byte_lengths: Tensor | None) -> Tensor:
 class _ChunkedNats(torch.autograd.Function):
     """Summed nats of hidden @ head.T, some positions at a time; gradients are made in the forward pass.
 
-    The logits of a chunk serve the loss and its gradient and are gone before the next chunk, so nothing is
-    computed twice. The price: with grad mode on, the gradient is made even if backward is never called.
+    The logits of a chunk serve the loss and its gradient and are gone before the next chunk: nothing is computed
+    twice. The price: with grad mode on, the gradient is made even if backward is never called.
     """
 
     @staticmethod
@@ -372,16 +373,16 @@ class _ChunkedNats(torch.autograd.Function):
                 wanted = torch.where(counts, targets[part].unsqueeze(1), 0)  # [c, 1]
                 # Zeros where nothing counts: a NaN there would get into grad_head, a sum over positions.
                 states = torch.where(counts, hidden[part].to(dtype), 0)  # [c, D]
-                log_p = F.log_softmax(states @ table.T, dim=1, dtype=precise)  # [c, V]
+                log_p = F.log_softmax(onednn.product(states, table), dim=1, dtype=precise)  # [c, V]
                 nats -= torch.where(counts, log_p.gather(1, wanted), 0).sum(dtype=torch.float64)
                 if wants_hidden or wants_head:
                     error = log_p.exp_()  # softmax minus one-hot is the gradient of the nats
                     error.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=precise))
                     error = error.masked_fill_(~counts, 0).to(dtype)
                     if grad_hidden is not None:
-                        grad_hidden[part] = error @ table
+                        grad_hidden[part] = onednn.to_inputs(error, table)
                     if grad_head is not None:
-                        grad_head += error.T @ states
+                        grad_head += onednn.to_weight(error, states)
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.dtypes = hidden.dtype, head.dtype
         return nats

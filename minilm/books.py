@@ -17,7 +17,8 @@ from minilm.track import Console, Tracker, read_metrics
 from minilm.track.metrics import FILE as METRICS
 from minilm.training import checkpoint
 from minilm.training.layout import Layout
-from minilm.training.trainer import Outcome, Trainer
+from minilm.training.outcome import Outcome
+from minilm.training.trainer import Trainer
 
 
 class Silent:
@@ -39,6 +40,7 @@ class Books:
 
     step: where the run stands (0, or the step of the checkpoint that it resumes from). source: of the weights that
     it begins with, if they are those of another run. checks: what the quick suite said before the first step.
+    paths: which way each part of a step goes here (`training.paths`); none: no step is taken.
     """
 
     def __init__(
@@ -51,11 +53,12 @@ class Books:
         step: int,
         source: dict[str, Any] | None = None,
         checks: dict[str, Any] | None = None,
+        paths: Mapping[str, str] | None = None,
     ) -> None:
         self.outcome: Outcome | None = None
         self.log: Any = Silent()
         self.progress: Any = Silent()
-        self._config, self._layout, self._data = config, layout, data
+        self._config, self._layout, self._data, self._paths = config, layout, data, paths
         self._open: tuple[Console, Tracker, manifest.Manifest] | None = None
         self._start = step
         self._trainer: Trainer | None = None
@@ -82,7 +85,7 @@ class Books:
             data={"store": str(store.path), "fingerprint": store.fingerprint},
             tokenizer={"fingerprint": self._data.tokenizer.fingerprint if self._data.tokenizer else None},
             model={"name": config.model.name, "num_parameters": config.model.num_parameters()},
-            layout=layout.facts(),
+            layout={**layout.facts(), **({"paths": dict(self._paths)} if self._paths else {})},
             step=step,
         )
         if source is not None:
@@ -101,12 +104,14 @@ class Books:
         return console, tracker, record
 
     def announce(self, loader: Loader, trainer: Trainer) -> None:
-        """What is about to happen, in four lines. The manifest will say how far this trainer got."""
+        """What is about to happen, in five lines. The manifest will say how far this trainer got."""
         self._trainer = trainer
         say, model, rows = self.progress.message, self._config.model, self._data.train
         left_over = f", {loader.dropped_rows} rows of each epoch left over" if loader.dropped_rows else ""
         say(f"run     {self._config.run_folder}")
-        say(f"model   {model.name}, {model.num_parameters():,} parameters, attention {model.attention}")
+        say(f"model   {model.name}, {model.num_parameters():,} parameters")
+        if self._paths:
+            say(f"paths   {'; '.join(f'{part} {way}' for part, way in self._paths.items())}")
         say(f"layout  {self._layout}; {loader.batch_rows} rows of {rows.sequence_length} tokens a step")
         say(
             f"data    {rows.store.path}: {rows.rows_per_epoch:,} rows, {loader.steps_per_epoch:,} steps an epoch"

@@ -18,7 +18,7 @@ class _Seen(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
-        self.products += func._schema.name in ("aten::mm", "aten::matmul")
+        self.products += func._schema.name in ("aten::mm", "aten::matmul", "aten::linear")
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(x, Tensor):
                 self.elements = max(self.elements, x.numel())

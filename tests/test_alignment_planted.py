@@ -128,8 +128,8 @@ PLANTS = {
         "error = error.to(dtype)",
     ),
     "gradient of the head from the last chunk": (
-        "grad_head += error.T @ states",
-        "grad_head[:] = error.T @ states",
+        "grad_head += onednn.to_weight(error, states)",
+        "grad_head[:] = onednn.to_weight(error, states)",
     ),
     "gradient without the one-hot": ("torch.full_like(wanted, -1, dtype", "torch.full_like(wanted, 0, dtype"),
     "gradient not scaled by what follows": ("(g * grad.to(", "(g * torch.ones_like(grad).to("),

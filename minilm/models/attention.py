@@ -1,10 +1,14 @@
-"""One attention function, three kernels that give the same answer.
+"""One attention function, five kernels that give the same answer.
 
-    flash   the flash-attn package: variable-length kernel, no mask, work only inside documents. CUDA, 16 bit.
-            With a cache the sdpa kernel runs instead: a row there is a few queries over a left-padded buffer.
-    sdpa    torch's scaled_dot_product_attention
-    eager   written out: the reference for reading and testing
-    auto    flash where the package is installed and device and dtype allow it, else sdpa
+    flash      the flash-attn package: variable-length kernel, no mask, work only inside documents. CUDA, 16 bit.
+    varlen     torch's own variable-length kernel, of the same kind (torch.nn.attention.varlen). CUDA, 16 bit.
+    blockwise  document by document on a CPU (`minilm.models.blockwise`). float32.
+    sdpa       torch's scaled_dot_product_attention, with a mask where rows have several documents
+    eager      written out: the reference for reading and testing
+    auto       the first of these that can run: flash, varlen, blockwise, sdpa
+
+With a cache sdpa runs in place of the first three: a row there is a few queries over a left-padded buffer. So it does
+in place of the last two of them with dropout, which they do not know.
 
 The rule is the same for all: query i attends to the keys j <= i of its own segment. Padding (segment 0)
 attends to padding, so that a row of a softmax is never empty and nothing becomes NaN.
@@ -16,6 +20,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import warnings
 from dataclasses import dataclass
 
@@ -24,19 +29,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilm.errors import ConfigError
+from minilm.models.blockwise import attend as attend_by_blocks
 from minilm.models.cache import KVCache
+
+BY_DOCUMENT = (
+    "flash",
+    "varlen",
+    "blockwise",
+)  # kernels that are told where documents begin, and take no mask
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything about the rows of one forward pass that its layers share.
 
-    backend  flash, sdpa or eager: never auto
+    backend  the kernel: never auto
     cos, sin [B or 1, L, 1, head_dim / 2] rotary factors of each position
     mask     [B or 1, 1, L, S] bool, True = may attend; None where plain causal attention says it all: as many keys as
              queries, or one query, the latest
-    borders  int32 [documents + 1] first flat index of each document, then B * L (flash only)
-    longest  upper bound of a document's length (flash only)
+    borders  int32 [documents + 1] first flat index of each document, then B * L (`BY_DOCUMENT` only)
+    longest  upper bound of a document's length (likewise)
     cache    keys and values of earlier calls, to be extended
     """
 
@@ -59,18 +71,19 @@ def plan(
     dtype: torch.dtype,
     head_dim: int,
     cache: KVCache | None,
+    dropout: float = 0.0,
 ) -> Plan:
     """Choose the kernel and describe who attends to whom. `segments` are those of the inputs [B, L] or None."""
     rows, length = inputs.shape
-    backend = resolve(backend, inputs.device, dtype, head_dim)
+    backend = resolve(backend, inputs.device, dtype, head_dim, dropout)
     if cache is not None:
-        backend = "sdpa" if backend == "flash" else backend
+        backend = "sdpa" if backend in BY_DOCUMENT else backend
         if backend == "sdpa" and cache.unpadded and (length == 1 or cache.length == 0):
             return Plan(backend, cos, sin, cache=cache)
         # The buffer is longer than the queries, so "causal" alone would be aligned wrongly: a mask.
         known = cache.all_segments  # [B, S], the segments of these inputs included
         return Plan(backend, cos, sin, mask=allowed(known[:, -length:], known), cache=cache)
-    if backend == "flash":
+    if backend in BY_DOCUMENT:
         return Plan(backend, cos, sin, borders=borders(segments, rows, length, inputs.device), longest=length)
     if segments is not None:
         return Plan(backend, cos, sin, mask=allowed(segments, segments))
@@ -169,7 +182,28 @@ def flash(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tensor
     return out.view_as(q)
 
 
-_KERNELS = {"eager": eager, "sdpa": sdpa, "flash": flash}
+def varlen(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tensor:
+    """torch's own variable-length kernel. Source: docs.pytorch.org, torch.nn.attention.varlen."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert dropout == 0
+    known = _parameters_of_varlen()
+    if "enable_gqa" not in known:  # torch 2.11 and before
+        k, v = (repeated(x, q.shape[2]) for x in (k, v))
+    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    grouped = {"enable_gqa": k.shape[2] != q.shape[2]} if "enable_gqa" in known else {}
+    flat = (x.flatten(0, 1) for x in (q, k, v))
+    ends = (plan.borders, plan.borders, plan.longest, plan.longest)
+    return varlen_attn(*flat, *ends, **causal, **grouped).view_as(q)
+
+
+def blockwise(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tensor:
+    """Document by document on a CPU: see `minilm.models.blockwise`."""
+    assert plan.borders is not None and dropout == 0
+    return attend_by_blocks(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), plan.borders).view_as(q)
+
+
+_KERNELS = {"eager": eager, "sdpa": sdpa, "flash": flash, "varlen": varlen, "blockwise": blockwise}
 
 
 def repeated(x: Tensor, num_heads: int) -> Tensor:
@@ -177,16 +211,32 @@ def repeated(x: Tensor, num_heads: int) -> Tensor:
     return x if x.shape[2] == num_heads else x.repeat_interleave(num_heads // x.shape[2], dim=2)
 
 
-def resolve(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The kernel that runs. Raises ConfigError where `flash` was asked for and cannot run."""
-    if backend not in ("auto", "flash"):
+def resolve(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float = 0.0
+) -> str:
+    """The kernel that runs. Raises ConfigError where one was asked for that cannot."""
+    if backend in ("sdpa", "eager"):
         return backend
-    reason = flash_refusal(device, dtype, head_dim) or flash_missing()
-    if reason is None:
-        return "flash"
-    if backend == "flash":
-        raise ConfigError(f"model.attention is flash, but {reason}")
+    for name in BY_DOCUMENT if backend == "auto" else (backend,):
+        reason = refusal(name, device, dtype, head_dim, dropout)
+        if reason is None:
+            return name
+    if backend != "auto":
+        raise ConfigError(f"model.attention is {backend}, but {reason}")
     return "sdpa"
+
+
+def refusal(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float = 0.0
+) -> str | None:
+    """Why a kernel of `BY_DOCUMENT` cannot run on such tensors here, with what to do; None if it can."""
+    if name == "flash":
+        return flash_refusal(device, dtype, head_dim) or flash_missing()
+    if dropout:
+        return f"{name} knows no dropout, and model.dropout is {dropout:g}. Choose attention: auto."
+    if name == "varlen":
+        return varlen_refusal(device, dtype, head_dim)
+    return blockwise_refusal(device, dtype)
 
 
 @functools.cache
@@ -218,4 +268,45 @@ def flash_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
         return f"flash-attn needs float16 or bfloat16, and attention runs in {dtype}. Train in bf16 or choose auto."
     if head_dim % 8 or head_dim > 256:
         return f"flash-attn needs a head size that is a multiple of 8 up to 256, not {head_dim}. Choose auto."
+    return None
+
+
+def varlen_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why torch's variable-length kernel cannot run on these tensors; None if it can."""
+    if device.type != "cuda":
+        return f"torch's varlen kernel runs on CUDA only, and the model is on {device.type}. Choose attention: auto."
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"torch's varlen kernel needs float16 or bfloat16, and attention runs in {dtype}. Choose auto."
+    if head_dim % 8 or head_dim > 256:
+        return (
+            "torch's varlen kernel needs a head size that is a multiple of 8 up to 256, "
+            f"not {head_dim}. Choose auto."
+        )
+    if (
+        torch.version.hip
+        or not torch.cuda.is_available()
+        or torch.cuda.get_device_capability(device) < (8, 0)
+    ):
+        return "torch's varlen kernel needs an NVIDIA GPU of compute capability 8.0 or higher. Choose auto."
+    if not _parameters_of_varlen():
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen. Choose auto."
+    return None
+
+
+@functools.cache
+def _parameters_of_varlen() -> tuple[str, ...]:
+    """What torch's kernel can be told, which grew from version to version; nothing where there is none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return ()
+    return tuple(inspect.signature(varlen_attn).parameters)
+
+
+def blockwise_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel for CPUs cannot run on these tensors; None if it can."""
+    if device.type != "cpu":
+        return f"blockwise runs on a CPU only, and the model is on {device.type}. Choose attention: auto."
+    if dtype != torch.float32:
+        return f"blockwise computes in float32, and attention runs in {dtype}. Choose attention: auto."
     return None

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-Backend = Literal["auto", "flash", "sdpa", "eager"]
+Backend = Literal["auto", "flash", "varlen", "blockwise", "sdpa", "eager"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,8 @@ class ModelConfig:
     attention: Annotated[
         Backend,
         Field(
-            description="attention kernel: auto takes flash (package flash-attn) where it can run, else sdpa"
+            description="attention kernel: auto takes the first that can run of flash (package flash-attn), varlen "
+            "(torch, CUDA), blockwise (CPU, float32) and sdpa"
         ),
     ] = "auto"
     init_std: Annotated[float, Field(gt=0, description="standard deviation of freshly drawn weights")] = 0.02

@@ -138,10 +138,11 @@ def read_config(folder: str | Path) -> models.ModelConfig:
 
 
 def _portable(values: dict[str, Any]) -> dict[str, Any]:
-    """The kernel is a property of the machine, not of the weights: without flash-attn here, torch chooses."""
+    """The kernel is a property of the machine, not of the weights: what may be missing here is chosen anew."""
     from minilm.models.attention import flash_missing
 
-    if values.get("attention") == "flash" and flash_missing():
+    kernel = values.get("attention")
+    if kernel in ("varlen", "blockwise") or (kernel == "flash" and flash_missing()):
         return {**values, "attention": "auto"}
     return values
 

@@ -171,6 +171,7 @@ class Original(nn.Module):
             dtype=compute_dtype(self.embedding.weight),
             head_dim=self.config.head_dim,
             cache=cache,
+            dropout=self.config.dropout,
         )
         shared = self.extended(shared, inputs, segments, entries)
         x = self.dropout(self.embedding(inputs))  # [B, L, D]

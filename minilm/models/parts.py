@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from minilm.models.attention import Plan, attend
 from minilm.models.base import ModelConfig
+from minilm.models.fused import gated, rms_norm, suits
+from minilm.models.fused import rotate as rotate_fused
+from minilm.onednn import product
+from minilm.onednn import suits as suits_onednn
 
 
 class RMSNorm(nn.Module):
@@ -24,6 +28,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if suits(x) and self.weight.dtype == torch.float32:
+            return rms_norm(x, self.weight, self.eps)
         precise = x if x.dtype == torch.float64 else x.float()
         return F.rms_norm(precise, self.weight.shape, self.weight.to(precise.dtype), self.eps).to(x.dtype)
 
@@ -73,8 +79,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     A 16-bit x meets float32 factors, so the products are float32; only the result is rounded.
     """
+    if suits(x) and cos.dtype == torch.float32:
+        return rotate_fused(x, cos, sin)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias, x [..., in] -> [..., out], by the faster product where there is one."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__(width, out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight)
 
 
 class Attention(nn.Module):
@@ -88,8 +106,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.dropout = layer, config.dropout
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.qkv = nn.Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
+        self.qkv = Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.out = Linear(self.heads * self.head_dim, config.dim)
         # An optimizer that works on matrices (Muon) has to know that one parameter holds three.
         kv_rows = self.kv_heads * self.head_dim
         self.stacked = {"qkv.weight": (self.heads * self.head_dim, kv_rows, kv_rows)}
@@ -122,12 +140,19 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(dim, hidden_dim, bias=False)
-        self.up = nn.Linear(dim, hidden_dim, bias=False)
-        self.down = nn.Linear(hidden_dim, dim, bias=False)
+        self.gate = Linear(dim, hidden_dim)
+        self.up = Linear(dim, hidden_dim)
+        self.down = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up, down = self.gate(x), self.up(x), self.down
+        # Whoever listens to the last product, or has replaced it, is to see it.
+        own = type(down) is Linear and "forward" not in vars(down)
+        watched = not own or down._forward_hooks or down._forward_pre_hooks
+        if not watched and suits(gate) and suits_onednn(gate, down.weight):
+            return gated(gate, up, down.weight)
+        found: Tensor = down(F.silu(gate) * up)
+        return found
 
 
 class Block(nn.Module):

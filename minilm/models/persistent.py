@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from minilm.models import register
-from minilm.models.attention import Plan, allowed, attend, repeated
+from minilm.models.attention import BY_DOCUMENT, Plan, allowed, attend, repeated
 from minilm.models.base import Backend
 from minilm.models.original import Original, OriginalConfig
 from minilm.models.parts import Attention, AttentionBlock
@@ -62,8 +62,8 @@ class PersistentConfig(OriginalConfig):
 
     def problems(self) -> list[tuple[str, str]]:
         found = [problem for problem in super().problems() if problem[0] != "attention"]
-        if self.attention == "flash":
-            reason = "model persistent needs a mask, and the package flash-attn takes none. "
+        if self.attention in BY_DOCUMENT:
+            reason = f"model persistent needs a mask, and the kernel {self.attention} takes none. "
             found.append(("attention", reason + "Choose auto or sdpa: torch's kernels."))
         return found
 
