@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_models_attention import DIRECTION, layouts, loops, planned, qkv, slow_varlen
 from torch import Tensor
+from torch._dynamo.utils import counters
 from zoo_models import NOISE, difference, tiny, tokens
 
 from minilm import models, onednn
 from minilm.errors import ConfigError
 from minilm.models import attention, blockwise
 from minilm.models.attention import attend
+from minilm.training.passing import arrange
 
 CPU = torch.device("cpu")
 
@@ -199,6 +201,26 @@ def test_auto_takes_varlen_exactly_where_it_can_run(device, dtype, size, capabil
     if reason:
         with pytest.raises(ConfigError, match=reason):
             attention.resolve("varlen", where, dtype, size)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # torch's own, compiling
+def test_compiled_blocks_are_compiled_once_for_any_documents():
+    """torch.compile makes a graph per shape that it meets; the number of documents changes with every batch."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny("original", attention="blockwise").train()
+    arrange(model, recompute="none", compiled=True, backend="aot_eager")
+    ids = tokens(model, 2, 24)
+    for ends in ([24], [5, 24], [1, 2, 3, 24], [12, 13, 24], [24]):
+        segments = torch.bucketize(torch.arange(24), torch.tensor(ends), right=True).add(1).expand(2, 24)
+        plain = tiny("original", attention="blockwise")(ids, segments).hidden
+        hidden = model(ids, segments).hidden
+        torch.testing.assert_close(hidden, plain, atol=1e-5, rtol=1e-5)
+        (hidden @ DIRECTION).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 def test_long_and_wide_documents_go_by_head_and_the_others_in_one_product():

@@ -406,7 +406,7 @@ def test_auxiliary_losses_are_weighted_and_know_nothing_of_padding():
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # torch's own, compiling
-@pytest.mark.parametrize(("recompute", "compiled"), [(True, False), (False, True)])
+@pytest.mark.parametrize(("recompute", "compiled"), [("blocks", False), ("none", True)])
 def test_blocks_recomputed_or_compiled_give_the_same_losses_and_gradients(recompute, compiled):
     gradients = []
     for arranged in (False, True):
@@ -418,8 +418,8 @@ def test_blocks_recomputed_or_compiled_give_the_same_losses_and_gradients(recomp
         output = model(batch.inputs, batch.segments, batch.positions)
         (score(output.logits, batch).nats + sum(output.auxiliary.values())).backward()
         gradients.append([output.auxiliary["balance"], *(p.grad for p in model.parameters())])
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b)
+    for a, b in zip(*gradients, strict=True):  # compiled, norms and activations are formulas
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_the_doctor_looks_at_our_router():

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from minilm.models import register
 from minilm.models.attention import Plan
 from minilm.models.original import Original, OriginalConfig
-from minilm.models.parts import Block, SwiGLU, compute_dtype
+from minilm.models.parts import Block, SwiGLU, compute_dtype, gated_product
+from minilm.onednn import product
 
 USAGE = "usage/blocks."
 
@@ -233,7 +234,7 @@ def _expert(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """One SwiGLU: x [n, D] -> [n, D]."""
     rows = len(x)
     x = F.pad(x, (0, 0, 0, max(0, Experts.FEWEST_ROWS - rows)))
-    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)[:rows]
+    return gated_product(product(x, gate), product(x, up), down)[:rows]
 
 
 def at_once(x: Tensor, ends: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

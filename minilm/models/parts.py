@@ -148,11 +148,17 @@ class SwiGLU(nn.Module):
         gate, up, down = self.gate(x), self.up(x), self.down
         # Whoever listens to the last product, or has replaced it, is to see it.
         own = type(down) is Linear and "forward" not in vars(down)
-        watched = not own or down._forward_hooks or down._forward_pre_hooks
-        if not watched and suits(gate) and suits_onednn(gate, down.weight):
-            return gated(gate, up, down.weight)
+        if own and not (down._forward_hooks or down._forward_pre_hooks):
+            return gated_product(gate, up, down.weight)
         found: Tensor = down(F.silu(gate) * up)
         return found
+
+
+def gated_product(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """(silu(gate) * up) @ down.T: gate and up [..., F], down [D, F] -> [..., D], fused where it can be."""
+    if suits(gate) and suits_onednn(gate, down):
+        return gated(gate, up, down)
+    return product(F.silu(gate) * up, down)
 
 
 class Block(nn.Module):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from minilm.models import register
 from minilm.models.original import Original, OriginalConfig
-from minilm.models.parts import Block, SwiGLU
+from minilm.models.parts import Block, Linear, SwiGLU
 from minilm.models.product_keys import best_cells
 
 # Values on a side of the grid: 65,536 values at the reference size, 33.6 M parameters, 0.5 GB of training state.
@@ -138,11 +138,11 @@ class Values(nn.Module):
         super().__init__()
         self.heads, self.top = config.value_heads, config.top_values
         key_dim, side = config.value_key_dim, config.value_side
-        self.query = nn.Linear(config.dim, self.heads * 2 * key_dim, bias=False)
+        self.query = Linear(config.dim, self.heads * 2 * key_dim)
         self.keys = nn.Parameter(torch.empty(self.heads, 2, side, key_dim))
         self.values = nn.Parameter(torch.empty(side * side, config.dim))
-        self.gate = nn.Linear(config.dim, config.dim, bias=False)
-        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.gate = Linear(config.dim, config.dim)
+        self.out = Linear(config.dim, config.dim)
         self.tables = {"values": config.value_rate}  # name -> multiple of the learning rate; no decay
         # Stored as small as every weight; the mean of the values read is then as large as a token's embedding.
         self.scale = math.sqrt(config.dim)
