@@ -1,9 +1,8 @@
 """Matrix products of float32 on a CPU by oneDNN, for training and for generation.
 
-torch multiplies float32 matrices with MKL, which on processors of another maker leaves AVX-512 unused: half the speed
-of oneDNN, which torch has inside as well (benchmarks/parts.py measures it). `product` is a drop-in for
-`torch.nn.functional.linear` that takes oneDNN where it may, value and gradient; the sums are the same up to their
-order, that is to float32 rounding.
+torch multiplies float32 matrices with MKL, which on an AMD processor was half as fast as oneDNN, which torch has inside
+as well (`benchmarks/parts.py` measures both). `product` is a drop-in for `torch.nn.functional.linear` that takes oneDNN
+where it may, value and gradient; the sums are the same up to their order, that is to float32 rounding.
 
 torch offers these operators to its own compiler only, so they are tried once before they are used (`works`): where
 they are absent, fail or give another answer, everything goes on as before. What is taken depends on the tensors alone
