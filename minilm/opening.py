@@ -74,30 +74,10 @@ def as_model(model: nn.Module) -> nn.Module:
 
 
 def _model(path: Path, trust_remote_code: bool) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
     from minilm.models.hf import HuggingFaceModel, from_hf
-    from minilm.models.hf.quiet import without_bars
+    from minilm.models.hf.loading import loaded
 
-    try:
-        with without_bars():
-            theirs, info = AutoModelForCausalLM.from_pretrained(
-                str(path),
-                dtype=torch.float32,
-                output_loading_info=True,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read as a Hugging Face causal LM: {error}") from error
-    # transformers draws what a file lacks at random and goes on with a warning.
-    wrong = [
-        f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, info[kind])))}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[kind]
-    ]
-    if wrong:
-        raise CheckpointError(f"The weights in {path} do not fit their config: {listed(wrong)}")
+    theirs = loaded(path, dtype=torch.float32, local_files_only=True, trust_remote_code=trust_remote_code)
     try:
         return from_hf(theirs.eval())
     except CheckpointError:  # no Llama: it says what differs, and runs as it is

@@ -34,7 +34,9 @@ def from_hf(source: str | Path | PreTrainedModel, **changes: Any) -> Original:
 
     Raises CheckpointError naming everything in the model that `original` does not have.
     """
-    theirs = _loaded(source) if isinstance(source, str | Path) else source
+    from minilm.models.hf.loading import loaded
+
+    theirs = loaded(source) if isinstance(source, str | Path) else source
     settings = theirs.config
     given = dict(theirs.state_dict())
     problems = [*_settings_unlike(settings), *_weights_unlike(settings, given)]
@@ -149,24 +151,6 @@ def _llama_names(config: Any) -> dict[str, list[str]]:
             f"{ours}.ffn.down.weight": [f"{llama}.mlp.down_proj.weight"],
         }
     return names
-
-
-def _loaded(source: str | Path) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(str(source), output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source} could not be loaded as a Hugging Face causal LM: {error}") from error
-    # transformers draws what a file lacks at random and goes on with a warning.
-    wrong = [
-        f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, info[kind])))}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[kind]
-    ]
-    if wrong:
-        raise CheckpointError(f"The weights in {source} do not fit their config: {listed(wrong)}")
-    return model
 
 
 def _kv_heads(settings: Any) -> int:
