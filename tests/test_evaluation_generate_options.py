@@ -7,13 +7,14 @@ import math
 import pytest
 import torch
 from evaluation_reference import Fixed, Scripted, tiny_model
-from generation_reference import slow_draw, slow_text
+from generation_reference import log_sum, slow_draw, slow_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilm.errors import ConfigError
+from minilm.evaluation import sampling
 from minilm.evaluation.generate import Sampling, generate
-from minilm.evaluation.sampling import draw
+from minilm.evaluation.sampling import Drawn, draw, told
 
 PROMPTS = [[5, 9, 200, 31], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 250, 13]]
 OPTIONS = [
@@ -192,3 +193,55 @@ def test_wrong_values_of_every_option_are_listed_at_once(model):
         generate(model, [[1]], max_new_tokens=4, tokenizer=object(), stop=["a", ""])
     with pytest.raises(ConfigError, match="give the tokenizer"):
         generate(model, [[1]], max_new_tokens=4, stop="a")
+
+
+# --- what the host is told of a step, by numpy or by torch
+
+
+@pytest.fixture(params=["few numbers", "many", "accelerator"])
+def told_by(request, monkeypatch):
+    if request.param == "many":
+        monkeypatch.setattr(sampling, "FEW", 0)
+    if request.param == "accelerator":
+        monkeypatch.setattr(sampling, "_for_numpy", lambda _: False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_row_is_told_with_the_nats_of_its_token_and_its_highest_logit(told_by, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 40, generator=generator, dtype=dtype) * 8
+    logits[1, 3] = -math.inf
+    logits[2] += 1000  # a sum of exponentials would overflow
+    tokens, drawn_nats = torch.tensor([0, 7, 39, 2, 11]), torch.arange(5, dtype=torch.float64) / 3
+    rows = told(logits, Drawn(tokens, drawn_nats))
+    for row, (token, nats, drawn, highest) in enumerate(rows):
+        values = logits[row].tolist()
+        right = log_sum(values) - values[tokens[row]]
+        assert (token, drawn, highest) == (tokens[row], drawn_nats[row], max(values))
+        assert nats == pytest.approx(right, rel=1e-6, abs=1e-6)
+
+
+def test_a_sure_token_keeps_the_digits_of_its_nats(told_by):
+    """The sum of all less the logit, both near 300, would leave no digit of it."""
+    logits = torch.full((1, 8), 290.0)
+    logits[0, 2] = 300.0
+    ((_, nats, _, _),) = told(logits, Drawn(torch.tensor([2]), torch.zeros(1, dtype=torch.float64)))
+    assert nats == pytest.approx(math.log1p(7 * math.exp(-10)), rel=1e-3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_that_is_no_numbers_is_told_by_its_highest_without_a_warning(told_by, bad):
+    logits = torch.zeros(3, 6)
+    logits[1, 4], logits[2] = bad, -math.inf
+    greedy = Sampling(max_new_tokens=1, temperature=0)
+    highest = [row[3] for row in told(logits, draw(logits, greedy, torch.zeros(3, dtype=torch.float64)))]
+    assert [math.isfinite(value) for value in highest] == [True, False, False]
+
+
+def test_of_several_highest_logits_greedy_takes_the_first(told_by):
+    logits = torch.tensor([[1.0, 5.0, 5.0, 2.0], [7.0, 7.0, 7.0, 7.0], [0.0, 1.0, 2.0, 2.0]])
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        greedy = Sampling(max_new_tokens=1, temperature=0)
+        found = draw(logits.to(dtype), greedy, torch.zeros(3, dtype=torch.float64))
+        assert found.tokens.tolist() == [1, 0, 2]
+        assert found.nats.tolist() == [0, 0, 0]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from minilm.alignment import last, positions_within
-from minilm.evaluation.decoding import Decoder, decodes
+from minilm.evaluation import single
+from minilm.evaluation.decoding import Decoder, Decodes, plain
 from minilm.evaluation.mode import device_of, eval_mode, head_of
 from minilm.evaluation.products import Products
 
@@ -57,12 +58,17 @@ class Cached:
         self.tokens = tokens.to(device)
         # Rows of equal length need no mask; the model is told by not being told of segments.
         self.segments = segments.to(device) if min(map(len, prompts)) < width else None
-        self.cache = model.new_cache(len(prompts), width + max_new_tokens - 1)
         self.modules = list(model.modules())
-        self.products = Products(model, head_of(model), rows=len(prompts), steps=max_new_tokens)
-        self.decoder = None
-        if decodes(model, self.products):
-            self.decoder = Decoder(model, self.cache, self.products, [len(prompt) for prompt in prompts])
+        self.lengths, self.room = [len(prompt) for prompt in prompts], width + max_new_tokens - 1
+        known = plain(model)
+        # A row alone is multiplied by the weights as they are, after its prompt.
+        self.alone = known and len(prompts) == 1 and single.available()
+        steps = 0 if self.alone else max_new_tokens
+        self.products = Products(model, head_of(model), rows=len(prompts), steps=steps)
+        # What continues in a way of its own takes keys and values of the prompts along.
+        self.hands_over = self.alone or (known and self.products.taken)
+        self.cache: Any = model.new_cache(len(prompts), width if self.hands_over else self.room)
+        self.decoder: Decodes | None = None
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -72,13 +78,20 @@ class Cached:
             yield
 
     def logits(self) -> Tensor:
-        if self.decoder is not None and self.cache.length:
+        if self.decoder is None and self.hands_over and self.cache.length:
+            self.decoder, self.cache = self._handed_over(), None
+        if self.decoder is not None:
             return self.decoder.logits(self.tokens.squeeze(1))
         # The cache counts positions and knows the document of each row.
         output = self.model(self.tokens, segments=self.segments, cache=self.cache)
         head = self.products.head
         # Only the last position meets the output layer: for a long prompt that is most of its cost.
         return precise(self._ends(output.logits) if head is None else head(self._ends(output.hidden)))
+
+    def _handed_over(self) -> Decodes:
+        if self.alone:
+            return single.Single(self.model, self.cache, self.room)
+        return Decoder(self.model, self.cache, self.products, self.lengths, self.room)
 
     def _ends(self, x: Tensor) -> Tensor:
         """[B, L, ...] -> [B, ...], the last position: padding is on the left, all rows end there."""

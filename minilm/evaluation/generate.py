@@ -23,13 +23,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilm.errors import CheckFailed, ConfigError
 from minilm.evaluation.feeding import feed_of
 from minilm.evaluation.prompts import checked_prompts, checked_stop, ending
-from minilm.evaluation.sampling import Sampling, choose, draw, is_integer, penalised
+from minilm.evaluation.sampling import Sampling, choose, draw, is_integer, penalised, told
 from minilm.evaluation.text import StoppedText
 
 __all__ = ["Generated", "Sampling", "TextStream", "choose", "generate", "stream"]
@@ -241,12 +240,8 @@ class _Writer:
         logits = self.feed.logits()  # [B, V]
         if self.number == 0:
             self._prepare(logits)
-        highest = logits.amax(dim=-1)  # NaN where any logit is NaN
         drawn = draw(self._ruled(logits), self.sampling, self._uniform[self.number])
-        nats = -F.log_softmax(logits, dim=-1).gather(1, drawn.tokens.unsqueeze(1)).squeeze(1)
-        # All that the host wants to know comes in one piece: an accelerator is waited for once. Token ids are exact.
-        rows = torch.stack((drawn.tokens.double(), nats.double(), drawn.nats, highest.double()), dim=1)
-        self._take(rows.tolist())
+        self._take(told(logits, drawn))
         if not self.ended:
             if self._seen is not None:
                 self._seen.scatter_(1, drawn.tokens.unsqueeze(1), True)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minilm.errors import ConfigError, listed
@@ -17,6 +19,8 @@ from minilm.errors import ConfigError, listed
 # On a CPU a full sort of 6,400 logits takes as long as a tenth of the reference model. The most probable tokens are
 # looked at first, and more only for the rows whose random number falls behind them.
 HEADS = 128, 1024
+# Numbers up to which numpy is faster than torch on a CPU: torch shares work among threads only above.
+FEW = 2**15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +114,7 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Drawn:
     Computed in float64: with a vocabulary of 100,000 a float32 running sum loses the rare tokens.
     """
     if sampling.temperature == 0:
-        # Of several maxima argmax returns the first.
-        tokens = logits.argmax(dim=-1)
+        tokens = _first_highest(logits)
         return Drawn(tokens, torch.zeros(len(tokens), dtype=torch.float64, device=logits.device))
     uniform = uniform.to(logits.device)
     precise = logits.double()
@@ -123,6 +126,38 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Drawn:
     if scaled.device.type == "cpu":
         return _from_the_top(scaled, sampling, uniform)
     return _from_all(scaled, sampling, uniform)
+
+
+def _first_highest(logits: Tensor) -> Tensor:
+    """[B, V] -> [B]; of several maxima the first, NaN counting as the highest."""
+    if not _for_numpy(logits):
+        return logits.argmax(dim=-1)
+    return torch.from_numpy(logits.detach().numpy().argmax(axis=-1))
+
+
+def told(logits: Tensor, drawn: Drawn) -> list[list[float]]:
+    """What the host wants to know of each row: token, nats, nats drawn with, highest logit.
+
+    logits [B, V] as the model gives them: `nats` are theirs. The highest is NaN where any is. Token ids are exact.
+    """
+    if _for_numpy(logits) and logits.numel() <= FEW:
+        values, tokens = logits.detach().numpy(), drawn.tokens.numpy()
+        highest = values.max(axis=-1)
+        with np.errstate(all="ignore"):  # logits that are no numbers are told by the highest
+            behind = highest - values[np.arange(len(tokens)), tokens]
+            nats = np.log(np.exp(values - highest[:, None]).sum(axis=-1)) + behind
+        columns = tokens, nats, drawn.nats.numpy(), highest
+        return [list(row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+    best = logits.amax(dim=-1)
+    nats_of = -F.log_softmax(logits, dim=-1).gather(1, drawn.tokens.unsqueeze(1)).squeeze(1)
+    # In one piece: an accelerator is waited for once.
+    rows = torch.stack((drawn.tokens.double(), nats_of.double(), drawn.nats, best.double()), dim=1)
+    told: list[list[float]] = rows.tolist()
+    return told
+
+
+def _for_numpy(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def _from_all(scaled: Tensor, sampling: Sampling, uniform: Tensor) -> Drawn:
