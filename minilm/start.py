@@ -96,6 +96,7 @@ def begin(
         world=layout.world_size,
         seed=config.train.seed,
         prefetch=config.data.prefetch,
+        device=layout.device,
     )
     source = None
     if found is not None:

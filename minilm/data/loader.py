@@ -10,6 +10,7 @@ is one number. No random number generator is touched, and threads only fetch ahe
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Iterator
@@ -66,6 +67,8 @@ class Loader:
     batch_rows   rows of the global batch of one step, over all ranks (G)
     micro_batch  rows of one forward; has no influence on what is in a step
     seed         of the order of rows, and of nothing else
+    device       that the batches go to. They are made on the CPU; for a CUDA device in pinned memory, by the thread,
+                 so that `Batch.to(device, non_blocking=True)` is copied beside the kernels
 
     Iterating yields `list[Batch]` for `next_step` and goes on to the next, fetched ahead by a thread. `close`
     (or a `with` block) ends the thread. Raises ConfigError for numbers that do not fit, all at once.
@@ -82,6 +85,7 @@ class Loader:
         seed: int = 0,
         start_step: int = 0,
         prefetch: int = 2,
+        device: torch.device | None = None,
     ) -> None:
         problems = []
         if not 0 <= rank < world:
@@ -108,6 +112,7 @@ class Loader:
             raise ConfigError(listed(problems))
         self.rows, self.batch_rows, self.micro_batch = rows, batch_rows, micro_batch
         self.rank, self.world, self.seed, self.prefetch = rank, world, seed, prefetch
+        self.device = device or torch.device("cpu")
         self.next_step = start_step
         self._first_row = -1  # of the global batch that was given last
         self._ahead: _Ahead | None = None
@@ -136,6 +141,13 @@ class Loader:
             aligned(self.rows, chosen[start : start + self.micro_batch])
             for start in range(0, share, self.micro_batch)
         ], first
+
+    def _fetched(self, step: int) -> tuple[list[Batch], int]:
+        """`_step`, ready to be moved to the device."""
+        batches, first = self._step(step)
+        if self.device.type == "cuda":
+            batches = [pinned(batch) for batch in batches]
+        return batches, first
 
     def place(self) -> RowPlace:
         """Source and document of the first row of the step that iterating gave last: a look-up, no permutation."""
@@ -184,7 +196,7 @@ class Loader:
 
     def __next__(self) -> list[Batch]:
         if self.prefetch == 0:
-            batches, self._first_row = self._step(self.next_step)
+            batches, self._first_row = self._fetched(self.next_step)
         else:
             if self._ahead is None or self._ahead.expected != self.next_step:
                 self.close()
@@ -237,9 +249,12 @@ class _Ahead:
         self._thread.join()
 
     def _work(self, loader: Loader, step: int) -> None:
+        if loader.device.type == "cuda" and loader.device.index is not None:
+            # A thread begins on device 0: pinning there would open it for the processes of other devices, too.
+            torch.cuda.set_device(loader.device)
         while not self._stop.is_set():
             try:
-                made: tuple[list[Batch], int] | BaseException = loader._step(step)
+                made: tuple[list[Batch], int] | BaseException = loader._fetched(step)
             except Exception as error:  # noqa: BLE001  (handed to the consumer, which raises it)
                 made = error
             while not self._stop.is_set():
@@ -262,6 +277,12 @@ def aligned(rows: Rows, numbers: np.ndarray) -> Batch:
         torch.from_numpy(segments),
         entries=None if entries is None else torch.from_numpy(entries),
     )
+
+
+def pinned(batch: Batch) -> Batch:
+    """The same batch in pinned (page-locked) memory."""
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return Batch(**{name: value.pin_memory() for name, value in fields.items() if value is not None})
 
 
 def validation_batches(

@@ -6,7 +6,8 @@ step_tokens, total_tokens, tokens_share                  targets of the step, of
 data/batch, epoch, data/source, data/document            position in the data: number of the global batch, epochs
                                                          begun with it, source and document of its first row
 skipped, skipped_steps, rollbacks                        where the settings allow them
-tokens_per_second, seconds/..., memory/..., mfu          of this process; mfu only where the peak is known
+tokens_per_second, seconds/..., memory/..., mfu          of this process; mfu only where the peak is known. None of
+                                                         them waits for the device: its times are read with the loss
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Columns:
     ) -> None:
         self.layout, self.loader, self.flops_per_step = layout, loader, flops_per_step
         self.peak_flops = peak_flops(layout.device, bf16=layout.bf16)
+        self.most_tokens = loader.batch_rows * loader.rows.sequence_length  # of one step
         planned = num_steps * loader.batch_rows * loader.rows.targets_per_row
         self.planned_tokens = min(planned, config.max_tokens or planned)
         self.shows_skips = config.on_nonfinite == "skip"
@@ -61,10 +63,16 @@ class Columns:
         counts: Counts,
         *,
         rates: dict[str, float],
+        position: dict[str, Any],
         seconds: float,
         data_seconds: float,
     ) -> dict[str, Any]:
-        """The line, after the step was counted. seconds: of the whole step; data_seconds: of it, fetching the data."""
+        """The line, after the step was counted.
+
+        position      `position` of when its data was fetched
+        seconds       of the whole step
+        data_seconds  fetching the data; where steps are read later, the device may have been busy meanwhile
+        """
         step_tokens = int(result.loss.tokens)
         values = {
             "loss": result.loss.mean,
@@ -74,7 +82,7 @@ class Columns:
             "step_tokens": step_tokens,
             "total_tokens": counts.total_tokens,
             "tokens_share": counts.total_tokens / self.planned_tokens,
-            **self._position(),
+            **position,
             "tokens_per_second": step_tokens / seconds,
             "seconds/step": seconds,
             "seconds/data": data_seconds,
@@ -91,8 +99,8 @@ class Columns:
             values["mfu"] = self.flops_per_step / seconds / (self.peak_flops * self.layout.world_size)
         return values
 
-    def _position(self) -> dict[str, Any]:
-        """Of the data, not of the schedule: after a rollback the two have parted."""
+    def position(self) -> dict[str, Any]:
+        """Of the batch that the loader gave last. After a rollback it is not that of the schedule."""
         place = self.loader.place()
         return {
             "epoch": self.loader.next_step / self.loader.steps_per_epoch,

@@ -14,12 +14,13 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from minilm.errors import ConfigError, listed
+from minilm.training import optim
 from minilm.training.ema import Average, average_of
 
 Kind = Literal["single", "ddp", "zero"]
@@ -40,6 +41,8 @@ class Asked:
 
 class Layout:
     """One process's view of the run: rank, world_size, device, precision, accumulation, and the wrapped objects."""
+
+    WAITS_ON: ClassVar[tuple[str, ...]] = ("cuda",)  # devices with a queue, which is worth keeping full
 
     def __init__(self, asked: Asked) -> None:
         environment = _Environment()
@@ -83,6 +86,19 @@ class Layout:
         wrapper = names.get(self.kind, f"DeepSpeed ZeRO-{self.zero_stage} on {self.world_size} rank(s)")
         precision = "bf16" if self.bf16 else "fp32"
         return f"{wrapper}, {self.device_type}, {precision}, {self.accumulation} x {self.micro_batch} rows"
+
+    def cut(self, micro_batch: int) -> None:
+        """Take so many rows per forward; before `prepare`. ValueError if they do not divide a rank's rows."""
+        rows = self.micro_batch * self.accumulation
+        if micro_batch < 1 or rows % micro_batch:
+            raise ValueError(f"{rows} rows cannot be cut into micro-batches of {micro_batch}.")
+        self.micro_batch, self.accumulation = micro_batch, rows // micro_batch
+        if self.kind == "zero":
+            settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            settings["train_micro_batch_size_per_gpu"] = self.micro_batch
+            settings["gradient_accumulation_steps"] = self.accumulation
+            # Accelerate keeps a copy, and warns where the two differ.
+            self.accelerator.gradient_accumulation_steps = self.accumulation
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises ConfigError for an optimizer that this layout cannot run."""
@@ -170,25 +186,43 @@ class Layout:
         gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
         return nn.utils.get_total_norm(gradients)
 
-    def step(self, norm: Tensor) -> None:
-        """Clip once by the norm of the whole gradient, update, forget the gradients."""
+    @property
+    def can_wait(self) -> bool:
+        """Can `step` leave it to the device whether a step is taken, so that nobody has to wait for its numbers?
+
+        Several ranks agree by numbers on the host, and DeepSpeed's step waits itself.
+        """
+        waits = self.device_type in self.WAITS_ON and self.kind == "single"
+        return waits and optim.can_refuse(self.optimizer.optimizer)
+
+    def step(self, norm: Tensor, *, unless: Tensor | None = None) -> None:
+        """Clip once by the norm of the whole gradient, update, forget the gradients.
+
+        unless  float32 [] on the device, 0 or 1: where it is 1, weights and moments stay as they are. To update the
+                average of the weights is then the caller's (`can_wait` only)
+        """
         if self.engine is not None:
             self.engine.step()  # clips by ds_config["gradient_clipping"], updates, clears
         else:
             if self.clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(self.objective.parameters(), self.clip_norm, norm)
-            self.optimizer.step()
+            with optim.refusing(self.optimizer.optimizer, unless):
+                self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
+        if self.average is not None and unless is None:
             self.average.update()
 
     def all_reduce(self, values: list[float]) -> list[float]:
         """Sums over the ranks."""
         if self.world_size == 1:
             return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(tensor)
-        return tensor.tolist()
+        return self.summed(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The same over the ranks, in place, on the device."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values)
+        return values
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""Limits of a run besides its number of steps, and the deterministic mode."""
+"""What is due after a step, limits of a run besides its number of steps, and the deterministic mode."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from typing import Literal, get_args
 
 import torch
 
 from minilm.errors import ConfigError
 from minilm.training.layout import Layout
+from minilm.training.settings import TrainConfig
 
+Interval = Literal["validate_every", "save_every", "sample_every"]
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
@@ -32,6 +35,22 @@ class Budget:
             if self.layout.all_reduce([float(minutes >= self.max_minutes)])[0] > 0:
                 return f"train.max_minutes {self.max_minutes:g} reached"
         return None
+
+
+def is_due(config: TrainConfig, name: Interval, step: int, *, stopping: bool, at_end: bool) -> bool:
+    """Is it due after `step`? At the end everything is; a run that is stopping only saves."""
+    every: int | None = getattr(config, name)
+    if stopping and not at_end:  # a launcher gives its processes half a minute: save, nothing else
+        return name == "save_every"
+    if name == "validate_every" and is_due(config, "save_every", step, stopping=stopping, at_end=at_end):
+        return True  # so that the best checkpoint is known
+    return at_end or (every is not None and step % every == 0)
+
+
+def anything_due(config: TrainConfig, step: int, num_steps: int) -> bool:
+    """Is anything due after `step` of a run that is not stopping?"""
+    at_end = step == num_steps
+    return any(is_due(config, name, step, stopping=False, at_end=at_end) for name in get_args(Interval))
 
 
 @contextlib.contextmanager

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from minilm.training.muon import MuonAdamW, matrices_of, stacked_in
 
@@ -103,7 +104,7 @@ def tables_of(model: nn.Module) -> list[tuple[nn.Parameter, float]]:
 
 
 def build(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over the module's parameters; fused on CUDA.
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over the module's parameters, in one kernel (fused).
 
     With the name muon the matrices are Muon's (`minilm.training.muon`), the rest AdamW's; module is the bare model.
     """
@@ -117,7 +118,8 @@ def build(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
         parts.append(
             {"params": same, "weight_decay": 0.0, "lr": scale * config.learning_rate, "rate_scale": scale}
         )
-    fused = True if next(module.parameters()).device.type == "cuda" else None
+    # A model of shapes alone (meta) has no kernel.
+    fused = True if next(module.parameters()).device.type in ("cuda", "cpu") else None
     betas = (config.beta1, config.beta2)
     adamw = torch.optim.AdamW(parts, lr=config.learning_rate, betas=betas, eps=config.eps, fused=fused)
     if config.name == "adamw":
@@ -134,6 +136,29 @@ def build(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
         if group["muon"]:
             group["rate_scale"] = config.muon_learning_rate / config.learning_rate
     return optimizer
+
+
+def can_refuse(optimizer: torch.optim.Optimizer) -> bool:
+    """Can a step be `refusing`? torch's fused AdamW can, once it has a state: a refused first step would make one."""
+    fused = isinstance(optimizer, torch.optim.AdamW) and all(g["fused"] for g in optimizer.param_groups)
+    return fused and any(optimizer.state.values())
+
+
+@contextlib.contextmanager
+def refusing(optimizer: torch.optim.Optimizer, unless: Tensor | None) -> Iterator[None]:
+    """Inside, a step changes neither weights nor moments where `unless`, a float32 [] on their device, is 1.
+
+    The device decides, nobody waits. It is what torch.amp.GradScaler does: the kernel looks at `found_inf`. None: every
+    step is taken, by any optimizer.
+    """
+    if unless is None:
+        yield
+        return
+    optimizer.found_inf = unless  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -6,6 +6,9 @@ micro-batches, their number and the number of ranks do not show, however unevenl
 
 The same holds for the auxiliary losses of a model. Each is a mean over the tokens that count for it, and the model
 tells their number before the forward (`counted`). A micro-batch contributes its mean x its share of the step's tokens.
+
+Nothing here waits for the device but one reading of all that was measured (`Unread.read`). It comes before the update,
+or, where the caller allows it, after the next step is under way (`minilm.training.pending`).
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from minilm.alignment import Batch, Sum
 from minilm.errors import CheckFailed, DataError
+from minilm.training.clock import Stopwatch
 from minilm.training.layout import Layout
 
 
@@ -57,32 +60,42 @@ class NonFinite(CheckFailed):
         self.result = result
 
 
-class Stopwatch:
-    """Seconds per named part. On CUDA by events, read once at the end: a step is not interrupted to be timed."""
+class Unread:
+    """What a step measured, on its way to the host. Making it waits for nothing.
 
-    def __init__(self, cuda: bool) -> None:
-        self._cuda = cuda
-        self._marks = [("", self._now())]
+    loss       of the whole global batch
+    auxiliary  means over the tokens of the global batch, by name
+    norm       of the whole gradient before clipping, on any device
+    """
 
-    def _now(self) -> float | torch.cuda.Event:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def __init__(
+        self, loss: Sum, auxiliary: Mapping[str, Tensor], norm: Tensor, *, stop: bool, watch: Stopwatch
+    ) -> None:
+        self.norm, self._names, self._stop, self._watch = norm, sorted(auxiliary), stop, watch
+        device = loss.nats.device
+        measured = [*loss.detach(), norm.detach().to(device), *(auxiliary[name] for name in self._names)]
+        # A float32 [] on the device, as torch's fused optimizers take it: 1 if the step must not be taken.
+        finite = torch.isfinite(loss.nats.detach() / loss.tokens) & torch.isfinite(measured[3])
+        self.wrong = (~finite).float()
+        # To pinned memory, which is what lets a copy go beside the kernels.
+        self._numbers = torch.stack([number.double() for number in measured]).to("cpu", non_blocking=True)
+        self._arrived: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(device))
 
-    def lap(self, part: str) -> None:
-        """The time since the last mark belongs to `part`."""
-        self._marks.append((part, self._now()))
+    def read(self) -> StepResult:
+        """The numbers; waits until the device has computed them, and no further. Without `seconds`."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        nats, tokens, num_bytes, norm, *means = self._numbers.tolist()
+        shown = norm if norm >= 0 else math.nan  # DeepSpeed reports a norm that is not finite as -1
+        auxiliary = dict(zip(self._names, means, strict=True))
+        return StepResult(Sum.of(nats, tokens, num_bytes), auxiliary, shown, self._stop, {})
 
-    def seconds(self) -> dict[str, float]:
-        if self._cuda:
-            torch.cuda.synchronize()
-        parts: dict[str, float] = {}
-        for (_, start), (part, end) in zip(self._marks, self._marks[1:], strict=False):
-            took = start.elapsed_time(end) / 1000 if isinstance(start, torch.cuda.Event) else end - start
-            parts[part] = parts.get(part, 0.0) + took
-        return parts
+    def timed(self, result: StepResult) -> StepResult:
+        """`result` with the seconds of the step's parts; waits for the end of the step."""
+        return dataclasses.replace(result, seconds=self._watch.seconds())
 
 
 def optimizer_step(
@@ -93,17 +106,22 @@ def optimizer_step(
     inspect: Callable[[StepResult], None] | None = None,
     before_update: Callable[[], None] | None = None,
     forwards: contextlib.AbstractContextManager[Any] | None = None,
-) -> StepResult:
+    may_wait: Callable[[], bool] | None = None,
+) -> StepResult | Unread:
     """Forward and backward over this rank's micro-batches, one clip, one update. Collective.
 
     inspect is called with what was measured, finite or not, when the whole gradient is there and the weights are
     those before the step; before_update after it, for a step that will be taken. Neither sees a clipped gradient.
     forwards is entered before the first forward and left after the last backward: what is recorded inside is of this
     step alone.
-    Raises DataError for a global batch without a single target and NonFinite, before the update, for a loss
-    or gradient that is not finite (the gradient is still there then: `discard` forgets it).
+    may_wait is called between backward and update. Where it says so, and nobody wants to stop, nobody waits for what
+    was measured: the device decides by it whether the update is made, and `Unread` is returned. Then inspect is not
+    called, a step that is not finite changes neither weights nor moments, and a moving average is the caller's to
+    update. Only for a layout that `can_wait`.
+    Raises DataError for a global batch without a single target and, unless it may wait, NonFinite before the update for
+    a loss or gradient that is not finite (the gradient is still there then: `discard` forgets it).
     """
-    watch = Stopwatch(layout.device.type == "cuda")
+    watch = Stopwatch(layout.device)
     targets = sum(float(batch.num_targets()) for batch in micro_batches)
     here = counts_of(layout.model, micro_batches)
     total, wants_stop, *counted = layout.all_reduce([targets, float(stop), *here.values()])
@@ -115,23 +133,27 @@ def optimizer_step(
     counts = dict(zip(here, counted, strict=True))
     with forwards or contextlib.nullcontext():
         loss, auxiliary = accumulate(layout, micro_batches, total, watch, counts=counts)
-    loss = loss.all_reduce()
-    names = sorted(auxiliary)
-    means = layout.all_reduce([float(auxiliary[name]) for name in names])
-    norm = layout.gradient_norm()
+    if auxiliary:
+        means = layout.summed(torch.stack([auxiliary[name].double() for name in sorted(auxiliary)]))
+        auxiliary = dict(zip(sorted(auxiliary), means.unbind(), strict=True))
+    unread = Unread(loss.all_reduce(), auxiliary, layout.gradient_norm(), stop=wants_stop > 0, watch=watch)
     watch.lap("backward")
-    # DeepSpeed reports a norm that is not finite as -1.
-    shown = float(norm) if float(norm) >= 0 else math.nan
-    result = StepResult(loss, dict(zip(names, means, strict=True)), shown, wants_stop > 0, {})
+    if may_wait is not None and may_wait() and not wants_stop:
+        if before_update is not None:
+            before_update()
+        layout.step(unread.norm, unless=unread.wrong)
+        watch.lap("optimizer")
+        return unread
+    result = unread.read()
     if inspect is not None:
         inspect(result)
     if not result.is_finite:
         raise NonFinite(result)
     if before_update is not None:
         before_update()
-    layout.step(norm)
+    layout.step(unread.norm)
     watch.lap("optimizer")
-    return dataclasses.replace(result, seconds=watch.seconds())
+    return unread.timed(result)
 
 
 def accumulate(
@@ -188,6 +210,23 @@ def _shares(
             "`counted` must name every loss in Output.auxiliary."
         )
     return {name: value * (here[name] / (counts[name] or 1.0)) for name, value in values.items()}
+
+
+def refuse_unknown_tokens(
+    micro_batches: Sequence[Batch], model: nn.Module, where: Callable[[], object]
+) -> None:
+    """Ids outside of the vocabulary would end a CUDA device with an assertion that names nothing.
+
+    where() -> the rows that the step is made of, for people. Raises DataError. Looks at batches on the CPU.
+    """
+    highest = max(int(torch.maximum(b.inputs.max(), b.targets.max())) for b in micro_batches)
+    num_tokens = model.config.vocab_size
+    if highest >= num_tokens:
+        raise DataError(
+            f"Token id {highest} is outside the model's vocabulary 0 .. {num_tokens - 1}: the store was altered "
+            "while this run reads it. `minilm data info STORE --verify` names the file; restore it, then continue "
+            f"with --resume. What the step is made of:\n{where()}"
+        )
 
 
 def discard(layout: Layout) -> None:

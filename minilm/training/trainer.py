@@ -4,40 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
+import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import torch
-
-from minilm.alignment import Batch, Sum
+from minilm.alignment import Sum
 from minilm.data.loader import Loader
 from minilm.data.tokenizer import Tokenizer
-from minilm.errors import CheckFailed, DataError, MinilmError
-from minilm.training import checkpoint, incident, optim, rollback, saving
+from minilm.errors import CheckFailed, MinilmError
+from minilm.training import checkpoint, clock, incident, optim, pending, rollback, saving
 from minilm.training.columns import Columns, Counts
-from minilm.training.ema import averaged
 from minilm.training.layout import Layout
-from minilm.training.limits import Budget
+from minilm.training.limits import Budget, is_due
+from minilm.training.outcome import Outcome
 from minilm.training.settings import Log, Progress, TrainConfig
 from minilm.training.signals import StopSignals
-from minilm.training.step import NonFinite, StepResult, discard, optimizer_step
+from minilm.training.step import NonFinite, StepResult, Unread, discard, optimizer_step, refuse_unknown_tokens
+from minilm.training.validating import Validation
 from minilm.training.watch import StepView, Watcher, around_forwards
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended. `state`: finished or interrupted."""
-
-    state: Literal["finished", "interrupted"]
-    step: int
-    loss: float | None
-    validation_loss: float | None
-    signal: int | None = None
-    reason: str | None = None  # why it was finished before its last step: a budget
 
 
 class Trainer:
@@ -45,8 +31,9 @@ class Trainer:
 
     validate() -> Sum over the validation rows, on all ranks; sample(step) -> samples, on the first rank only.
     Both leave training mode and random states as they found them. around_step(step): entered before the data of a
-    step is fetched, left when its line is in the log. flops_per_step: of all ranks together, forward
-    and backward; with it and a known device the log has the share of the hardware's peak (mfu).
+    step is fetched, left when its line is in the log (later only for a step that no watcher holds up, see `pending`).
+    flops_per_step: of all ranks together, forward and backward; with it and a known device the log has the share of
+    the hardware's peak (mfu).
     """
 
     def __init__(
@@ -70,7 +57,7 @@ class Trainer:
         self.config, self.rates, self.layout, self.loader = config, rates, layout, loader
         self.run_folder, self.checkpoints = run_folder, run_folder / "checkpoints"
         self.log, self.progress = log, progress
-        self.validate, self.sample, self.tokenizer = validate, sample, tokenizer
+        self.validation, self.sample = Validation(validate, layout, log, progress), sample
         self.num_steps = config.num_steps(loader.steps_per_epoch)
         self.watchers, self.around_step = watchers, around_step
         self.validation_store = validation_store
@@ -90,10 +77,11 @@ class Trainer:
         )
         self.spikes = incident.Spikes(config.spike_factor)
         self.keeper = incident.Keeper(run_folder, layout, loader, log, tokenizer)
-        self.last_validation: tuple[int, Sum] | None = None
-        self.validation_seconds, self.began = 0.0, time.perf_counter()
+        self.pending: pending.Pending | None = None  # the step before, if nobody has read its numbers
+        self.again = 0  # a step that the device refused, to be taken again: it is looked at
         self.last_saved: int | None = None
         self.stopped = StopSignals(progress.message)
+        self.budget = Budget(layout, max_tokens=config.max_tokens, max_minutes=config.max_minutes)
 
     def resume(self, found: checkpoint.Found) -> None:
         """Continue after `found`: optimizer, random states, position in the data, counts, metrics. Collective."""
@@ -113,27 +101,30 @@ class Trainer:
         """Train to the last step, or to the next step border after SIGINT or SIGTERM (saving first)."""
         self.saver.prepare(self.num_steps)
         self.layout.objective.train()
-        self.began = time.perf_counter()
         result: StepResult | None = None
         self.progress.start(self.num_steps, self.step)
-        budget = Budget(self.layout, max_tokens=self.config.max_tokens, max_minutes=self.config.max_minutes)
-        used_up = budget.used_up(self.counts.total_tokens)
+        used_up = self.budget.used_up(self.counts.total_tokens)
         with self.stopped.heard(), self.saver:
             if self.step == 0:
-                self._validate()
+                self.validation.at(0)
             while self.step < self.num_steps and not used_up:
                 before = self.step
                 with self.around_step(self.step + 1):
                     result = self._one_step()
+                if result is None:  # to be read later: nothing is due after it
+                    continue
                 if self.step <= before:  # went back: all that is due there was done
                     if result.stop:
                         break
                     continue
                 self.saver.poll()  # one that failed in the background ends the run here, not at the next save
-                used_up = budget.used_up(self.counts.total_tokens)
-                due = self._due(result.stop, at_end=self.step == self.num_steps or bool(used_up))
+                used_up = self.budget.used_up(self.counts.total_tokens)
+                at_end = self.step == self.num_steps or bool(used_up)
+                due = functools.partial(
+                    is_due, self.config, step=self.step, stopping=result.stop, at_end=at_end
+                )
                 if due("validate_every"):
-                    self._validate()
+                    self.validation.at(self.step)
                 if due("save_every"):
                     self._save()
                 if due("sample_every"):  # after the save: a text that cannot be written must cost nothing
@@ -141,56 +132,57 @@ class Trainer:
                 if result.stop:
                     break
         loss = result.loss.mean if result and result.is_finite else None
-        validation = self.last_validation[1].mean if self.last_validation else None
         complete = self.step >= self.num_steps
         state: Literal["finished", "interrupted"] = "finished" if complete or used_up else "interrupted"
         if used_up and not complete:
             self.log.event(self.step, f"finished: {used_up}")
-        return Outcome(state, self.step, loss, validation, self.stopped.number, None if complete else used_up)
+        return Outcome(
+            state, self.step, loss, self.validation.mean, self.stopped.number, None if complete else used_up
+        )
 
-    def _due(self, stopping: bool, *, at_end: bool) -> Callable[[str], bool]:
-        """Is `validate_every`, ... due after this step? At the end everything is; a stop only saves."""
+    def _one_step(self) -> StepResult | None:
+        """One step of the run, or the way back from it: then `self.step` is not larger than before.
 
-        def due(name: str) -> bool:
-            every = getattr(self.config, name)
-            if stopping and not at_end:  # a launcher gives its processes half a minute: save, nothing else
-                return name == "save_every"
-            if name == "validate_every" and due("save_every"):
-                return True  # so that the best checkpoint is known
-            return at_end or (every is not None and self.step % every == 0)
+        None: its numbers will be read later, or it turned out that the step before must be taken again.
+        """
+        try:
+            try:
+                return self._next_step()
+            except Exception:
+                self._count_pending()  # whatever became of this step, the one before it has its line
+                raise
+        except pending.TakeAgain as refused:
+            self._go_before(refused.begun)
+            return None
 
-        return due
+    def _next_step(self) -> StepResult | None:
+        begun = self._begin()
+        step, kept, watching = begun.view.step, list[str](), list[Watcher]()
 
-    def _one_step(self) -> StepResult:
-        """One step of the run, or the way back from it: then `self.step` is not larger than before."""
-        start = time.perf_counter()
-        micro_batches = next(self.loader)
-        data_seconds = time.perf_counter() - start
-        self._refuse_unknown_tokens(micro_batches)
-        optim.set_rate(self.layout.optimizer, optim.rate_at(self.rates, self.step, self.num_steps))
-        rates = optim.rates_of(self.layout.optimizer)
-        view = StepView(self.step + 1, self.layout, micro_batches)
-        watching = [watcher for watcher in self.watchers if watcher.wants(view.step)]
-        random_state = checkpoint.random_states(self.layout.device)  # goes with the step if it must be kept
-        kept: list[str] = []
+        def may_wait() -> bool:
+            self._count_pending()
+            watching.extend(watcher for watcher in self.watchers if watcher.wants(step))
+            return self._may_wait(step, watching)
 
         def inspect(result: StepResult) -> None:
             kind = self._wrong_with(result)
             if kind is not None:
-                self._look_into(incident.Suspect(kind, view, result, rates, random_state), kept)
+                suspect = incident.Suspect(kind, begun.view, result, begun.rates, begun.random_state)
+                self._look_into(suspect, kept)
 
         def before_update() -> None:
             for watcher in watching:
-                watcher.before_update(view)
+                watcher.before_update(begun.view)
 
         try:
             result = optimizer_step(
                 self.layout,
-                micro_batches,
+                begun.view.micro_batches,
                 stop=self.stopped.number is not None,
                 inspect=inspect,
                 before_update=before_update,
-                forwards=around_forwards(watching, view),
+                forwards=around_forwards(self.watchers, begun.view),
+                may_wait=may_wait,
             )
         except rollback.GoBack as back:
             self._go_back(back)
@@ -198,23 +190,84 @@ class Trainer:
         except NonFinite as bad:
             result = bad.result
             if self.config.on_nonfinite == "stop" or self.counts.num_skipped >= self.config.skip_budget:
-                self._give_up(result, rates, kept)
+                self._give_up(result, begun.rates, kept)
             discard(self.layout)
             self.counts.num_skipped += 1
             watching = []
-        seconds = time.perf_counter() - start
-        self.step += 1
+        self.step, ended = step, clock.mark(self.layout.device)
+        if isinstance(result, Unread):
+            self.pending = pending.Pending(begun, result, watching, ended)
+            return None
+        if step == self.again and result.is_finite:
+            self.log.event(step, f"step {step} {pending.ANOTHER_ANSWER}", show=True)
+        self._count(begun, result, watching, ended)
+        return result
+
+    def _begin(self) -> pending.Begun:
+        """Fetch the data of the next step and set its rates."""
+        start = time.perf_counter()
+        began = self.pending.ended if self.pending else clock.mark(self.layout.device)
+        micro_batches = next(self.loader)
+        data_seconds = time.perf_counter() - start
+        data_step = self.loader.next_step - 1
+        refuse_unknown_tokens(micro_batches, self.layout.model, lambda: self.loader.where(data_step))
+        optim.set_rate(self.layout.optimizer, optim.rate_at(self.rates, self.step, self.num_steps))
+        return pending.Begun(
+            StepView(self.step + 1, self.layout, micro_batches),
+            optim.rates_of(self.layout.optimizer),
+            checkpoint.random_states(self.layout.device),
+            data_step,
+            self.columns.position(),
+            began,
+            data_seconds,
+        )
+
+    def _may_wait(self, step: int, watching: Sequence[Watcher]) -> bool:
+        """May what this step measures be read when the next one is under way? See `pending`."""
+        return (
+            self.layout.can_wait
+            and step != self.again
+            and not pending.is_awaited(self.config, step, self.num_steps, watching)
+            and not self.budget.used_up(self.counts.total_tokens + self.columns.most_tokens)
+        )
+
+    def _count_pending(self) -> None:
+        """Read the step before, if nobody has, and count it. Raises TakeAgain where the device refused it."""
+        if self.pending is None:
+            return
+        former, self.pending = self.pending, None
+        result = former.read()
+        if self.layout.average is not None:
+            self.layout.average.update()
+        self._count(former.begun, result, former.watching, former.ended)
+        self.saver.poll()
+
+    def _count(
+        self, begun: pending.Begun, result: StepResult, watching: Sequence[Watcher], ended: clock.Mark
+    ) -> None:
+        """A step that is done, taken or skipped: into the counts, the log and the console."""
         if result.is_finite:
             self.counts.total_tokens += int(result.loss.tokens)
             self.spikes.add(result.loss.mean)
         stats = self.columns.of_step(
-            result, self.counts, rates=rates, seconds=seconds, data_seconds=data_seconds
+            result,
+            self.counts,
+            rates=begun.rates,
+            position=begun.position,
+            seconds=pending.seconds(begun, ended),
+            data_seconds=begun.data_seconds,
         )
         for watcher in watching:
-            stats |= watcher.after_step(view, stats)
-        self.log.log("train", self.step, stats)
-        self.progress.update(self.step, stats)
-        return result
+            stats |= watcher.after_step(begun.view, stats)
+        self.log.log("train", begun.view.step, stats)
+        self.progress.update(begun.view.step, stats)
+
+    def _go_before(self, begun: pending.Begun) -> None:
+        """To before a step that the device refused; what was begun of the step after it is forgotten."""
+        discard(self.layout)
+        self.loader.skip_to(begun.data_step)
+        checkpoint.set_random_states(begun.random_state, self.layout.device)
+        self.step, self.again = begun.view.step - 1, begun.view.step
 
     def _wrong_with(self, result: StepResult) -> incident.Kind | None:
         if not result.is_finite:
@@ -256,7 +309,7 @@ class Trainer:
         # What the budgets count has happened, also in the part that is done again.
         self.counts.num_skipped, self.counts.num_rollbacks = num_skipped, num_rollbacks + 1
         self.loader.skip_to(behind)
-        self.last_validation = None
+        self.validation.forget()
         with checkpoint.together(self.layout, f"The way back to step {self.step} could not be written down"):
             self.log.go_back(self.step, back.incident / rollback.ABANDONED if back.incident else None)
             if self.layout.is_main:
@@ -278,32 +331,6 @@ class Trainer:
         values = {"loss": result.loss.mean, "gradient_norm": result.gradient_norm, **rates}
         self.log.log("train", self.step + 1, values)
 
-    def _validate(self) -> None:
-        if self.validate is None or (self.last_validation and self.last_validation[0] == self.step):
-            return
-        start = time.perf_counter()
-        total = self.validate()
-        self.last_validation = (self.step, total)
-        values: dict[str, Any] = {
-            "loss": total.mean,
-            "perplexity": total.perplexity,
-            "tokens": int(total.tokens),
-        }
-        if float(total.bytes) > 0:  # NaN: not counted
-            values["bits_per_byte"] = total.bits_per_byte
-        if self.layout.average is not None:
-            with averaged(self.layout):
-                values["ema_loss"] = self.validate().mean
-        now = time.perf_counter()
-        values["seconds/validation"] = now - start
-        self.validation_seconds += now - start
-        share = self.validation_seconds / (now - self.began)  # of the whole time of this process, also saves
-        self.log.log("validation", self.step, values)
-        cost = f"{now - start:.1f} s" + (f", {share:.1%} of the time" if self.step else "")
-        self.progress.message(
-            f"step {self.step}: validation loss {total.mean:.4f}, perplexity {total.perplexity:.1f} ({cost})"
-        )
-
     def _sample(self) -> None:
         """A text that cannot be written is told, and never ends a run; a save under way is complete before."""
         if self.sample is not None:
@@ -324,30 +351,12 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint remembers of the run at this step border."""
-        validated, total = self.last_validation or (None, None)
         return {
             "step": self.step,
             "num_steps": self.num_steps,
             **dataclasses.asdict(self.counts),
             "recent_losses": list(self.spikes.recent),
-            "validation_loss": total.mean if total is not None and validated == self.step else None,
+            "validation_loss": self.validation.mean_at(self.step),
             "validation_store": self.validation_store,
             "loader": self.loader.state_dict(),
         }
-
-    def _refuse_unknown_tokens(self, micro_batches: Sequence[Batch]) -> None:
-        """Ids outside of the vocabulary would end a CUDA device with an assertion that names nothing."""
-        highest = max(int(torch.maximum(b.inputs.max(), b.targets.max())) for b in micro_batches)
-        num_tokens = self.layout.model.config.vocab_size
-        if highest >= num_tokens:
-            rows = self.loader.where(self.loader.next_step - 1)
-            raise DataError(
-                f"Token id {highest} is outside the model's vocabulary 0 .. {num_tokens - 1}: the store was altered "
-                "while this run reads it. `minilm data info STORE --verify` names the file; restore it, then continue "
-                f"with --resume. What the step is made of:\n{rows}"
-            )
-
-
-def exit_code(outcome: Outcome) -> int:
-    """0 for a finished run; 128 + signal for one that was asked to stop, as shells do."""
-    return 0 if outcome.state == "finished" else 128 + (outcome.signal or signal.SIGINT)

@@ -1,10 +1,11 @@
 """Watchers: how checks and users' own code look at a step without touching the trainer.
 
-A watcher is asked before each step whether it wants to see it. If so, it is called twice: when the whole gradient
+A watcher is asked in each step whether it wants to see it. If so, it is called twice: when the whole gradient
 is there and the weights are still the old ones, and after the update; what it returns then goes into the step's line
 of metrics.jsonl. Every rank calls every watcher, so a watcher may use collectives.
 
-A watcher that wants to see the forwards of the step has a method `around_forwards` besides (`SeesForwards`).
+A watcher that wants to see the forwards of the step has a method `around_forwards` besides (`SeesForwards`), and is
+asked twice whether it wants a step. One that has a method `can_wait` (`CanWait`) does not always hold up the device.
 """
 
 from __future__ import annotations
@@ -68,12 +69,23 @@ class SeesForwards(Protocol):
     def around_forwards(self, view: StepView) -> contextlib.AbstractContextManager[None]: ...
 
 
+@runtime_checkable
+class CanWait(Protocol):
+    """A watcher with steps in which it reads nothing that the device computes: the device need not wait for it then.
+
+    can_wait is asked after `wants`. Where it says so, after_step may come when the next step is under way: it gets the
+    step's values, but must not look at weights, gradients or the model. Steps still come one after another.
+    """
+
+    def can_wait(self, step: int) -> bool: ...
+
+
 @contextlib.contextmanager
 def around_forwards(watchers: Sequence[Watcher], view: StepView) -> Iterator[None]:
-    """The contexts of all watchers that have one, as one."""
+    """The contexts of all watchers that have one and want the step, as one."""
     with contextlib.ExitStack() as stack:
         for watcher in watchers:
-            if isinstance(watcher, SeesForwards):
+            if isinstance(watcher, SeesForwards) and watcher.wants(view.step):
                 stack.enter_context(watcher.around_forwards(view))
         yield
 
