@@ -61,7 +61,7 @@ def subject_of_start(start: Start, model: nn.Module, optimizer: torch.optim.Opti
     )
     loader = functools.partial(Loader, prefetch=0)
     view = data_view(
-        data, batch_rows=config.train.batch_size, micro_batch=config.train.micro_batch, loader=loader
+        data, batch_rows=config.train.batch_size, micro_batch=config.train.rows_per_forward, loader=loader
     )
 
     def training() -> Training:

@@ -159,13 +159,13 @@ def _with_surroundings(subject: Subject, config: RunConfig, *, required: bool) -
             raise
         return subject
     assert subject.module is not None
-    size, micro = config.train.batch_size, config.train.micro_batch
+    size, micro = config.train.batch_size, config.train.rows_per_forward
     loader = Loader(
         data.train, batch_rows=size, micro_batch=micro or size, seed=config.train.seed, prefetch=0
     )
     # Fresh weights are drawn anew for each seed; weights that were trained are where every seed begins.
     make = functools.partial(_drawn, config) if subject.fresh else copies_of(subject.module)
-    train = dataclasses.replace(config.train, device="cpu", ranks=None, compile=False)
+    train = dataclasses.replace(config.train, device="cpu", ranks=None, compile=False, micro_batch=micro)
     view = data_view(data, batch_rows=size, micro_batch=micro, knowledge=entries_of(subject.module))
     return subject.but(
         data=view,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -12,10 +13,10 @@ import torch
 from rich.console import Console
 
 from minilm import checked, initial, manifest, models, preview
-from minilm.alignment import Sum
+from minilm.alignment import Batch, Sum
 from minilm.books import Books
 from minilm.config import Resolved, flatten
-from minilm.data.loader import Data, open_data, validation_batches
+from minilm.data.loader import Data, aligned, open_data, validation_batches
 from minilm.evaluation.generate import generate
 from minilm.evaluation.score import evaluate
 from minilm.evaluation.text import byte_lengths_of
@@ -23,14 +24,15 @@ from minilm.models import folder as model_folder
 from minilm.run import RunConfig, with_vocabulary
 from minilm.start import Start, begin, memory_explained
 from minilm.track import read_metrics
-from minilm.training import optim, passing
+from minilm.training import fitting, optim, passing, paths
 from minilm.training.agreement import same_on_all
 from minilm.training.layout import Layout
 from minilm.training.limits import deterministic
 from minilm.training.lock import locked
 from minilm.training.objective import Objective
+from minilm.training.outcome import Outcome, exit_code
 from minilm.training.profile import StepProfiler, Steps
-from minilm.training.trainer import Outcome, Trainer, exit_code
+from minilm.training.trainer import Trainer
 from minilm.training.usage import Usage
 from minilm.training.watch import LayerNorms, Watcher
 
@@ -62,12 +64,37 @@ def _train(
     data = open_data(resolved.value.data)
     config = with_vocabulary(resolved, data.train.store)
     same_on_all(layout, {**_shared(config), "the store's fingerprint": data.train.store.fingerprint})
+    found = None
+    if config.train.micro_batch == "auto":
+        config, found = _fitted(layout, config, data, resolved.origins)
     if dry_run:
-        return _preview(begin(layout, config, resolved.origins, data, resume=resume, profile=profile))
+        return _preview(begin(layout, config, resolved.origins, data, resume=resume, profile=profile), found)
     with locked(layout, config.run_folder):
         start = begin(layout, config, resolved.origins, data, resume=resume, profile=profile)
         with memory_explained(start):
-            return _run(start, profile)
+            return _run(start, profile, found)
+
+
+def _fitted(
+    layout: Layout, config: RunConfig, data: Data, origins: dict[str, str]
+) -> tuple[RunConfig, fitting.Fit]:
+    """The settings with the number that train.micro_batch auto stands for here. The layout is cut accordingly."""
+    needed, checkpoint_bytes = preview.memory_by_rows(config, layout, data)
+    room, on_cpu, seed = fitting.room_of(layout), layout.device_type == "cpu", config.train.seed
+    if on_cpu:  # where the host's memory is the device's, the copy that a save in the background makes counts
+        beside = checkpoint_bytes if config.train.save_in_background else 0
+        found = fitting.largest(layout, needed, room, None, beside=beside)
+    else:
+        policy, most = config.train.activation_checkpointing, data.train.rows_per_epoch
+
+        def batch_of(rows: int) -> Batch:  # a batch larger than an epoch is refused, but by what comes after
+            return aligned(data.train, data.train.order(0, seed, 0, min(rows, most)))
+
+        with fitting.trial(layout, config.model, needed, batch_of, recompute=policy) as fits:
+            found = fitting.largest(layout, needed, room, fits)
+    layout.cut(found.rows)
+    origins["train.micro_batch"] = f"auto ({origins['train.micro_batch']})"
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=found.rows)), found
 
 
 def _shared(config: RunConfig) -> dict[str, Any]:
@@ -76,28 +103,31 @@ def _shared(config: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in flatten(config).items() if name not in own}
 
 
-def _preview(start: Start) -> int:
+def _preview(start: Start, fitted: fitting.Fit | None) -> int:
     """A page in place of the training."""
     if start.layout.is_main:
         console = Console()
         preview.show(start, console)
+        if fitted is not None:
+            console.print(fitted.told, markup=False, highlight=False)
         for line in start.idle:
             console.print(f"warning: {line}", markup=False, highlight=False)
     return 0
 
 
-def _run(start: Start, profile: Steps | None) -> int:
+def _run(start: Start, profile: Steps | None, fitted: fitting.Fit | None) -> int:
     config, layout, data, found = start.config, start.layout, start.data, start.found
     if start.is_complete:
         return _close_books(start)
+    chosen = paths.take(config.model, layout, compiled=config.train.compile)
     model, source = _model(start)
     optimizer = optim.build(model, config.optim)
     checks = checked.before_first_step(start, model, optimizer)
-    recompute = config.train.activation_checkpointing == "blocks"
-    passing.arrange(model, recompute=recompute, compiled=config.train.compile)
+    passing.arrange(model, recompute=config.train.activation_checkpointing, compiled=config.train.compile)
     layout.prepare(Objective(model).to(layout.device), optimizer, ema_decay=config.train.ema_decay)
     layout.seed_dropout(config.train.seed)
-    with Books(config, start.origins, layout, data, step=start.step, source=source, checks=checks) as books:
+    said = {"source": source, "checks": checks, "paths": chosen}
+    with Books(config, start.origins, layout, data, step=start.step, **said) as books:
         watchers, profiler = _observers(start, books, profile)
         trainer = _trainer(start, books, watchers, profiler)
         books.announce(start.loader, trainer)
@@ -113,6 +143,8 @@ def _run(start: Start, profile: Steps | None) -> int:
                 )
             if source is not None:
                 books.log.event(0, f"begins with the weights of {start.source}", show=True)
+            if fitted is not None:
+                books.log.event(start.step, fitted.told, show=True)
             outcome = trainer.run()
         books.outcome = outcome
     if layout.is_main:

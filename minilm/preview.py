@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,11 @@ from minilm.data.loader import Data, Loader
 from minilm.data.show import row_table, row_text
 from minilm.models import attention
 from minilm.run import RunConfig
-from minilm.training import optim, passing, saving
+from minilm.training import optim, passing, paths, saving
 from minilm.training.estimate import Memory, Spread, memory
 from minilm.training.layout import Kind, Layout
 
 _ROW_CHARACTERS = 400  # of a decoded row
-PARTS = ("weights", "tables", "gradients", "optimizer", "average", "buckets", "activations", "logits")
 _ROW_POSITIONS = 8  # of its table
 
 
@@ -158,22 +157,17 @@ def rates(plan: Plan) -> Iterator[tuple[str, str]]:
 def layouts(plan: Plan) -> Iterator[tuple[str, Spread, str]]:
     """(name, spread, attention kernel): this run, then the layouts that one may choose from instead."""
     config, layout = plan.config, plan.layout
-    recompute = config.train.activation_checkpointing == "blocks"
-    own = Spread(
-        kind=layout.kind, ranks=layout.world_size, bf16=layout.bf16, device=layout.device_type,
-        rows=layout.micro_batch, accumulation=layout.accumulation, zero_stage=layout.zero_stage or 2,
-        recompute=recompute,
-    )  # fmt: skip
+    own = _spread(config, layout, layout.micro_batch)
     yield "this run", own, _backend(config, layout)
     kernel = config.model.kernel
     if kernel == "auto":
-        kernel = "sdpa" if attention.flash_missing() else "flash"
+        kernel = "varlen" if attention.flash_missing() else "flash"  # on a GPU
     others: list[tuple[Kind, int, bool]] = [("single", 1, False), ("single", 1, True)]
     if config.optim.name == "adamw":  # Muon does not go with ZeRO
         others += [("zero", 2, True), ("zero", 8, True)]
     for kind, ranks, bf16 in others:
         each, rest = divmod(config.train.batch_size, ranks)
-        rows = config.train.micro_batch or each
+        rows = config.train.rows_per_forward or each
         if rest or each % rows or not each:
             continue
         name = f"ZeRO-2 x {ranks}" if kind == "zero" else f"1 GPU, {'bf16' if bf16 else 'fp32'}"
@@ -184,20 +178,21 @@ def layouts(plan: Plan) -> Iterator[tuple[str, Spread, str]]:
             device="cuda",
             rows=rows,
             accumulation=each // rows,
-            recompute=recompute,
+            recompute=own.recompute,
         )
-        yield name, spread, "sdpa" if kernel == "flash" and not bf16 else kernel
+        yield name, spread, "sdpa" if kernel in attention.BY_DOCUMENT and not bf16 else kernel
 
 
 def memory_table(plan: Plan, num_moments: int) -> Table:
     """Memory by part, for this run and for other layouts of the same batch."""
     named = [
-        (name, spread, _memory(plan, spread, kernel, num_moments)) for name, spread, kernel in layouts(plan)
+        (name, spread, _memory(plan.config, plan.data, spread, kernel, num_moments))
+        for name, spread, kernel in layouts(plan)
     ]
     table = _table("", *(name for name, _, _ in named), right=range(1, len(named) + 1))
     table.add_row("rows a forward", *(str(spread.rows) for _, spread, _ in named))
-    for part in PARTS:
-        values = [getattr(found, part) for _, _, found in named]
+    for part in named[0][2].parts():
+        values = [found.parts()[part] for _, _, found in named]
         if any(value != 0 for value in values):
             table.add_row(part, *map(size, values))
     table.add_row("peak", *(size(found.peak) for _, _, found in named), style="bold")
@@ -208,8 +203,8 @@ def memory_line(plan: Plan) -> str:
     """Memory of one device of this run, part by part."""
     _, spread, kernel = next(layouts(plan))
     optimizer = _optimizer(plan.config, plan.layout)
-    found = _memory(plan, spread, kernel, _num_moments(optimizer))
-    shown = [f"{part} {size(value)}" for part in PARTS if (value := getattr(found, part)) != 0]
+    found = _memory(plan.config, plan.data, spread, kernel, _num_moments(optimizer))
+    shown = [f"{part} {size(value)}" for part, value in found.parts().items() if value != 0]
     return ", ".join([*shown, f"peak {size(found.peak)}"])
 
 
@@ -223,7 +218,7 @@ def device(plan: Plan, backend: str, num_moments: int) -> Iterator[tuple[str, st
         has = psutil.virtual_memory().available
         yield "device", f"cpu, {size(has)} available; attention {backend}"
     own = next(layouts(plan))[1]
-    peak = _memory(plan, own, backend, num_moments).peak
+    peak = _memory(plan.config, plan.data, own, backend, num_moments).peak
     if peak is None:
         yield "activations", f"not known for the model {plan.config.model.name}"
     elif peak * (layout.world_size if kind == "cpu" else 1) > has:
@@ -271,21 +266,39 @@ def pairs(rows: Iterator[tuple[str, str]]) -> Table:
     return table
 
 
-def _memory(plan: Plan, spread: Spread, kernel: str, num_moments: int) -> Memory:
+def memory_by_rows(config: RunConfig, layout: Layout, data: Data) -> tuple[Callable[[int], Memory], int]:
+    """Rows of a forward -> memory of one device of this run, and the bytes of a checkpoint."""
+    num_moments, kernel = _num_moments(_optimizer(config, layout)), _backend(config, layout)
+
+    def needed(rows: int) -> Memory:
+        return _memory(config, data, _spread(config, layout, rows), kernel, num_moments)
+
+    return needed, _checkpoint_bytes(config, num_moments)
+
+
+def _spread(config: RunConfig, layout: Layout, rows: int) -> Spread:
+    return Spread(
+        kind=layout.kind, ranks=layout.world_size, bf16=layout.bf16, device=layout.device_type, rows=rows,
+        accumulation=layout.micro_batch * layout.accumulation // rows, zero_stage=layout.zero_stage or 2,
+        recompute=config.train.activation_checkpointing,
+    )  # fmt: skip
+
+
+def _memory(config: RunConfig, data: Data, spread: Spread, kernel: str, num_moments: int) -> Memory:
     return memory(
-        plan.config.model,
+        config.model,
         spread,
-        length=plan.config.data.sequence_length,
+        length=config.data.sequence_length,
         backend=kernel,
         num_moments=num_moments,
-        averages=plan.config.train.ema_decay is not None,
-        labelled=_labelled(plan),
+        averages=config.train.ema_decay is not None,
+        labelled=_labelled(data),
     )
 
 
-def _labelled(plan: Plan) -> float:
+def _labelled(data: Data) -> float:
     """Share of the training tokens whose entry in a knowledge store the data name."""
-    store = plan.data.train.store
+    store = data.train.store
     sources = store.manifest["splits"]["train"]["sources"].values()
     labelled = sum(int(counts.get("labelled", 0)) for counts in sources)
     return labelled / sum(shard.num_tokens for shard in store.shards("train"))
@@ -293,17 +306,14 @@ def _labelled(plan: Plan) -> float:
 
 def _backend(config: RunConfig, layout: Layout) -> str:
     """The attention kernel that will run. Raises ConfigError where the one that was asked for cannot."""
-    dtype = torch.bfloat16 if layout.bf16 else torch.float32
-    return attention.resolve(config.model.kernel, layout.device, dtype, config.model.head_dim)
+    return paths.kernel_of(config.model, layout.device, bf16=layout.bf16)
 
 
 def _optimizer(config: RunConfig, layout: Layout) -> torch.optim.Optimizer:
     """The optimizer of a real start, with its refusals, over a model of shapes only: no memory, no time."""
     with torch.device("meta"):
         model = models.build(config.model)
-    passing.arrange(
-        model, recompute=config.train.activation_checkpointing == "blocks", compiled=config.train.compile
-    )
+    passing.arrange(model, recompute=config.train.activation_checkpointing, compiled=config.train.compile)
     made = optim.build(model, config.optim)
     layout.check_optimizer(made)
     return made

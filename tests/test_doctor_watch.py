@@ -15,7 +15,8 @@ import torch
 from data_stores import store_of
 from training_runs import SETTINGS, VOCAB, final_weights, flags, launched, make_store, records, run_here
 
-from minilm.alignment import Batch
+from minilm import models
+from minilm.alignment import Batch, align, score
 from minilm.doctor import watch
 from minilm.doctor.core import Finding, passed
 from minilm.doctor.watch import Watch
@@ -102,21 +103,21 @@ class Clocked:
 def test_looks_keep_their_share_of_the_time_from_the_first_one_on(
     monkeypatch: pytest.MonkeyPatch, first: int
 ) -> None:
-    clocked = Clocked(monkeypatch, step_seconds=0.33, look=0.36)
+    clocked = Clocked(monkeypatch, step_seconds=0.33, look=0.17)
     clocked.train(first, first + 1999)
     steps = [step - first + 1 for step in clocked.notes]
-    assert steps[0] == 150  # 1.5 / 0.01, whatever the clock says
+    assert steps[0] == 75  # 0.75 / 0.01, whatever the clock says
     assert all(share <= 0.0101 for share in clocked.notes.values()), clocked.notes
-    # None is missing: 0.36 s are 1 % of 36 s, which is 109 steps.
-    assert len(steps) == pytest.approx(2000 / 109, abs=1.5)
+    # None is missing: 0.17 s are 1 % of 17 s, which is 51.5 steps.
+    assert len(steps) == pytest.approx(2000 / 51.5, abs=1.5)
     assert all(share >= 0.0095 for share in list(clocked.notes.values())[1:])
 
 
 def test_what_the_watch_does_at_every_step_is_part_of_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    clocked = Clocked(monkeypatch, step_seconds=0.33, look=0.36, standing=0.0015)  # alone 0.45 %
+    clocked = Clocked(monkeypatch, step_seconds=0.33, look=0.17, standing=0.0015)  # alone 0.45 %
     clocked.train(1, 3000)
     first, *others = clocked.notes.values()
-    assert first == pytest.approx(0.36 / (150 * 0.33) + 0.0045, abs=1e-3)  # not foreseen in the number 150
+    assert first == pytest.approx(0.17 / (75 * 0.33) + 0.0045, abs=1e-3)  # not foreseen in the number 75
     assert len(others) > 10 and all(share <= 0.0101 for share in others)
 
 
@@ -126,6 +127,37 @@ def test_where_every_step_alone_costs_more_than_the_share_looks_become_rare_and_
     clocked = Clocked(monkeypatch, step_seconds=0.01, look=0.01, standing=0.0005)
     clocked.train(1, 20_000)
     assert 1 < len(clocked.notes) < 20
+
+
+@pytest.mark.parametrize(
+    ("rows", "positions", "sizes"),
+    [(5, 1, [1] * 5), (8, 64, [2] * 4), (8, 10_000, [4, 4]), (7, 10_000, [3, 3, 1]), (1, 10_000, [1])],
+)
+def test_a_step_is_computed_again_in_groups_smaller_than_its_own(
+    monkeypatch: pytest.MonkeyPatch, rows: int, positions: int, sizes: list[int]
+) -> None:
+    model, seen = models.build(models.preset("original", "tiny")), []
+    tokens = torch.randint(0, 256, (rows, 33))
+    batch = align(tokens, torch.ones_like(tokens))
+    layout = SimpleNamespace(device=torch.device("cpu"), all_reduce=lambda values: values)
+    view = SimpleNamespace(model=model, layout=layout, micro_batches=[batch])
+    monkeypatch.setitem(watch.REPLAYED_POSITIONS, "cpu", positions)
+    model.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
+    with torch.no_grad():
+        nats, counted = watch._replay(view)  # type: ignore[arg-type]
+        assert seen == sizes
+        whole = score(model(batch.inputs, batch.segments, batch.positions).logits, batch)
+    assert counted == rows * 32 and nats == pytest.approx(float(whole.nats), rel=1e-6)
+
+
+def test_rows_have_one_number_each_and_another_one_for_every_other_row() -> None:
+    tokens = torch.randint(0, 6400, (64, 512))
+    changed = tokens.clone()
+    changed[torch.arange(64), torch.arange(64)] += 1
+    turned = tokens.flip(1)
+    keys = [watch._keys(x) for x in (tokens, tokens.clone(), changed, turned)]
+    assert keys[0] == keys[1] and len({*keys[0], *keys[2], *keys[3]}) == 3 * 64
+    assert watch._keys(tokens[3:5]) == keys[0][3:5]  # whatever stands beside it
 
 
 def _scaled_log(monkeypatch: pytest.MonkeyPatch) -> None:

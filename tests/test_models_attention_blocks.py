@@ -100,7 +100,9 @@ def test_whole_models_agree_in_states_and_gradients():
         (hidden * real[..., None] @ DIRECTION).sum().backward()
         states[backend] = hidden.detach()
         gradients[backend] = torch.cat([p.grad.flatten() for p in model.parameters()])
-        with torch.no_grad():  # a cache has a buffer that is longer than its rows: another kernel, the same states
+        with (
+            torch.no_grad()
+        ):  # a cache has a buffer that is longer than its rows: another kernel, the same states
             cached = model(ids, segments, cache=model.new_cache(2, 20)).hidden
         assert difference(cached, states["eager"])[real].max() < NOISE
     assert difference(states["blockwise"], states["eager"])[real].max() < NOISE
@@ -131,6 +133,21 @@ def test_a_model_with_dropout_trains_with_it():
     assert not torch.equal(model(ids).hidden, model(ids).hidden)
     with pytest.raises(ConfigError, match=r"attention is blockwise, but .*model\.dropout is 0\.5"):
         tiny("original", dropout=0.5, attention="blockwise")(ids)
+
+
+def test_dropout_that_is_turned_on_afterwards_acts_within_documents():
+    """Weights of one are dropped or doubled: what is left of a document is never of another one."""
+    segments = torch.tensor([[1, 1, 2, 2, 2, 3]])
+    q = torch.zeros(1, 6, 2, 8)
+    v = torch.nn.functional.one_hot(segments, 8)[:, :, None].float().expand(1, 6, 2, 8)
+    torch.manual_seed(0)
+    out = attend(q, q, v, planned("blockwise", q, segments), 0.5)
+    hidden = torch.nn.functional.one_hot(segments, 8)[:, :, None] == 0
+    assert not bool((out * hidden).any())
+    seen = {round(float(x), 4) for x in out[0, :, :, :].amax(-1).flatten()}
+    assert seen <= {0.0, 0.6667, 1.0, 1.3333, 2.0} and len(seen) > 1
+    without = attend(q, q, v, planned("blockwise", q, segments))
+    torch.testing.assert_close(without, v)
 
 
 @pytest.mark.parametrize("kernel", ["flash", "varlen", "blockwise"])

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import itertools
-import json
 
 import pytest
 import torch
 
 from minilm import models
 from minilm.alignment import align
+from minilm.models import attention
 from minilm.training import estimate, optim, passing
 from minilm.training.estimate import Spread
 from minilm.training.objective import Objective
@@ -51,26 +50,26 @@ def bytes_kept(config, rows, length, *, autocast, cast, labelled=False):
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("precision", ["float32", "autocast", "bf16 weights"])
 @pytest.mark.parametrize(
     "changes",
     [{}, {"dropout": 0.1}, {"num_kv_heads": 4}, {"tie_embeddings": False}],
     ids=lambda changes: ",".join(changes) or "plain",
 )
-def test_activations_are_what_autograd_keeps(attention, precision, changes):
+def test_activations_are_what_autograd_keeps(kernel, precision, changes):
     config = dataclasses.replace(
-        models.preset("original", "6m"), attention=attention, num_layers=2, vocab_size=700, **changes
+        models.preset("original", "6m"), attention=kernel, num_layers=2, vocab_size=700, **changes
     )
     autocast, cast = precision == "autocast", precision == "bf16 weights"
     kept = bytes_kept(config, 2, 120, autocast=autocast, cast=cast)
     kind = "zero" if cast else "single"
     spread = Spread(kind=kind, ranks=1, bf16=autocast or cast, device="cpu", rows=2)
-    parts = estimate.activations(config, spread, length=120, backend=attention)
+    parts = estimate.activations(config, spread, length=120, backend=kernel)
     assert sum(parts.values()) == pytest.approx(kept, rel=0.01)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("precision", ["float32", "autocast", "bf16 weights"])
 @pytest.mark.parametrize(
     ("name", "changes"),
@@ -84,15 +83,15 @@ def test_activations_are_what_autograd_keeps(attention, precision, changes):
         ("moe", {"dropout": 0.1, "num_shared_experts": 2, "top_k": 3}),
     ],
 )
-def test_activations_of_the_variants_are_what_autograd_keeps(name, changes, attention, precision):
+def test_activations_of_the_variants_are_what_autograd_keeps(name, changes, kernel, precision):
     """Experts to 3 %: groups of tokens too few for a product are filled up, and routing is as drawn."""
-    changes = {"attention": attention, "num_layers": 2, "vocab_size": 700, **changes}
+    changes = {"attention": kernel, "num_layers": 2, "vocab_size": 700, **changes}
     config = dataclasses.replace(models.preset(name, "6m"), **changes)
     autocast, cast = precision == "autocast", precision == "bf16 weights"
     kept = bytes_kept(config, 2, 60, autocast=autocast, cast=cast)
     kind = "zero" if cast else "single"
     spread = Spread(kind=kind, ranks=1, bf16=autocast or cast, device="cpu", rows=2)
-    parts = estimate.activations(config, spread, length=60, backend=attention)
+    parts = estimate.activations(config, spread, length=60, backend=kernel)
     assert sum(parts.values()) == pytest.approx(kept, rel=0.03 if name == "moe" else 0.01)
 
 
@@ -122,6 +121,25 @@ def test_activations_of_tables_are_what_autograd_keeps(name, changes, precision)
         assert sum(parts.values()) == pytest.approx(kept, rel=0.005)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("original", {"num_kv_heads": 4}),
+        ("original", {"hidden_dim": 200}),  # products too small for oneDNN are written in torch's operations
+        ("no_ffn", {}),
+        ("no_ffn", {"qk_norm": False}),
+        ("moe", {"num_shared_experts": 2}),
+        ("pkm", {}),
+    ],
+)
+def test_activations_of_attention_by_documents_are_what_autograd_keeps(name, changes):
+    config = models.preset(name, "6m", **{"num_layers": 2, "vocab_size": 700, **changes})
+    kept = bytes_kept(config, 2, 120, autocast=False, cast=False)
+    spread = Spread(kind="single", ranks=1, bf16=False, device="cpu", rows=2)
+    parts = estimate.activations(config, spread, length=120, backend="blockwise")
+    assert sum(parts.values()) == pytest.approx(kept, rel=0.03 if name == "moe" else 0.005)
+
+
 def test_a_memory_at_its_own_size_is_within_the_promised_15_percent_and_its_store_is_counted_once():
     sizes = {"num_layers": 3, "vocab_size": 700, "store": "random", "attention": "sdpa"}
     config = models.preset("knowledge", "6m", **sizes, memory_layers=[1, 2], store_side=128)
@@ -135,7 +153,7 @@ def test_a_memory_at_its_own_size_is_within_the_promised_15_percent_and_its_stor
     assert plain.tables == 0
     assert found.peak - dataclasses.replace(found, tables=0).peak == found.tables
     # Recomputed, one memory layer's inside is there at once, not two.
-    again = dataclasses.replace(spread, recompute=True)
+    again = dataclasses.replace(spread, recompute="blocks")
     inside = [estimate.activations(config, s, length=128, backend="sdpa")["memory"] for s in (spread, again)]
     assert inside[0] == pytest.approx(2 * inside[1], abs=1)
 
@@ -152,23 +170,27 @@ def test_activations_at_a_middle_size_are_within_the_promised_15_percent():
 @pytest.mark.parametrize(
     ("name", "micro_batches", "recompute"),
     [
-        ("original", 1, False),
-        ("original", 3, False),
-        ("original", 1, True),
-        ("no_ffn", 1, False),
-        ("moe", 1, True),
-        ("persistent", 1, False),
-        ("knowledge", 1, False),
-        ("knowledge", 1, True),
-        ("pkm", 1, False),
+        ("original", 1, "none"),
+        ("original", 3, "none"),
+        ("original", 1, "half"),
+        ("original", 1, "blocks"),
+        ("no_ffn", 1, "none"),
+        ("no_ffn", 1, "half"),
+        ("moe", 1, "blocks"),
+        ("persistent", 1, "none"),
+        ("persistent", 1, "blocks"),
+        ("knowledge", 1, "none"),
+        ("knowledge", 1, "half"),
+        ("knowledge", 1, "blocks"),
+        ("pkm", 1, "none"),
     ],
 )
-def test_the_peak_is_that_of_the_allocator_over_two_whole_steps(tmp_path, name, micro_batches, recompute):
+def test_the_peak_is_that_of_the_allocator_over_whole_steps(name, micro_batches, recompute):
     memory = {"store": "random", "store_side": 32} if name == "knowledge" else {}
     config = models.preset(name, "6m", num_layers=4, vocab_size=2000, **memory)
-    trace = tmp_path / "trace.json.gz"
-    rows = 4 if memory else 8
-    batches = [a_batch(config, rows, 200) for _ in range(micro_batches)]
+    rows = 4 if memory else 6
+    # A small first step: what stays from then on, the moments, is there in the second one.
+    steps = [[a_batch(config, 1, 8)], [a_batch(config, rows, 200) for _ in range(micro_batches)]]
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profiler:
@@ -176,17 +198,14 @@ def test_the_peak_is_that_of_the_allocator_over_two_whole_steps(tmp_path, name, 
         passing.arrange(model, recompute=recompute, compiled=False)
         optimizer = optim.build(model, optim.OptimConfig())
         objective = Objective(model).train()
-        for _ in range(2):
+        for batches in steps:
             for batch in batches:
                 objective(batch)[0].nats.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    profiler.export_chrome_trace(str(trace))
-    with gzip.open(trace, "rt") as file:
-        records = [e for e in json.load(file)["traceEvents"] if e.get("name") == "[memory]"]
-    # Not the trace's own total: it goes on from what earlier profiles of the process left.
-    records.sort(key=lambda event: event["ts"])
-    measured = max(itertools.accumulate(event["args"]["Bytes"] for event in records))
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    measured = max(itertools.accumulate(event.nbytes() for event in events))
     spread = Spread(
         kind="single",
         ranks=1,
@@ -196,9 +215,47 @@ def test_the_peak_is_that_of_the_allocator_over_two_whole_steps(tmp_path, name, 
         accumulation=micro_batches,
         recompute=recompute,
     )
-    moments = 2 * config.num_parameters()
-    found = estimate.memory(config, spread, length=200, backend="sdpa", num_moments=moments)
-    assert found.peak == pytest.approx(measured, rel=0.15)
+    moments, (cpu, float32) = 2 * config.num_parameters(), (torch.device("cpu"), torch.float32)
+    kernel = attention.resolve(config.kernel, cpu, float32, config.head_dim)
+    found = estimate.memory(config, spread, length=200, backend=kernel, num_moments=moments)
+    assert found.peak == pytest.approx(measured, rel=0.1)
+
+
+def test_the_block_that_has_most_on_the_way_back_decides_where_blocks_are_recomputed():
+    """Memory layers 1 and 5 of 6, by hand. With half of the blocks: 1, 3 and 5 are kept, 0, 2 and 4 made again."""
+    config = models.preset("knowledge", "6m", store="random", store_side=32, memory_layers=[1, 5])
+    spread = Spread(kind="single", ranks=1, bf16=False, device="cpu", rows=2)
+    found = {
+        policy: estimate.memory(
+            config, dataclasses.replace(spread, recompute=policy), length=128, backend="sdpa", num_moments=0
+        )
+        for policy in ("none", "half", "blocks")
+    }
+    parts = {
+        policy: estimate.activations(
+            config, dataclasses.replace(spread, recompute=policy), length=128, backend="sdpa"
+        )
+        for policy in found
+    }
+    for name, counts in {"attention": (6, 3, 1), "memory": (2, 2, 1)}.items():
+        one = parts["blocks"][name]
+        assert [parts[policy][name] for policy in found] == pytest.approx([n * one for n in counts], rel=1e-6)
+    stream, mask = 2 * 128 * 256 * 4, 2 * 128 * 128
+    assert [parts[policy]["borders of blocks"] for policy in found] == [
+        0,
+        3 * stream + mask,
+        6 * stream + mask,
+    ]
+    inside = sum(parts["blocks"][part] for part in ("norms", "attention", "feed-forward", "memory"))
+    assert [found[policy].recomputed for policy in found] == pytest.approx([0, 0, inside], abs=3)
+
+
+def test_with_many_positions_gradients_on_the_way_back_weigh_more_than_the_logits():
+    config = models.preset("original", "26m")
+    spread = Spread(kind="single", ranks=1, bf16=True, device="cuda", rows=128)
+    found = estimate.memory(config, spread, length=512, backend="flash", num_moments=0)
+    assert found.logits < 200e6 < 3 * 2 * 128 * 512 * 1408 - 2 * 128 * 512 * 512 == found.passing
+    assert found.peak == found.weights + found.activations + found.passing
 
 
 def test_optimizer_state_is_what_the_optimizers_hold():

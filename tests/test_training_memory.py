@@ -66,10 +66,11 @@ def bytes_kept(model, batch):
     return sum(seen.values())
 
 
-def test_recomputed_blocks_give_the_same_bits_with_dropout_and_leave_the_same_random_state():
+@pytest.mark.parametrize("policy", ["half", "blocks"])
+def test_recomputed_blocks_give_the_same_bits_with_dropout_and_leave_the_same_random_state(policy):
     plain, batch = tiny(), a_batch()
     recomputed = copy.deepcopy(plain)
-    passing.arrange(recomputed, recompute=True, compiled=False)
+    passing.arrange(recomputed, recompute=policy, compiled=False)
     loss, gradients, after = loss_and_gradients(plain, batch)
     again, same, after_again = loss_and_gradients(recomputed, batch)
     assert torch.equal(loss, again) and torch.equal(after, after_again)
@@ -82,46 +83,62 @@ def test_recomputed_blocks_give_the_same_bits_with_dropout_and_leave_the_same_ra
 def test_recomputed_blocks_keep_little_more_than_their_inputs():
     plain, batch = tiny(), a_batch()
     recomputed = copy.deepcopy(plain)
-    passing.arrange(recomputed, recompute=True, compiled=False)
+    passing.arrange(recomputed, recompute="blocks", compiled=False)
     everything, little = bytes_kept(plain, batch), bytes_kept(recomputed, batch)
     inputs = 4 * 32 * 32 * 4  # rows x tokens x dim x bytes, one per block
     assert little < everything / 5
     assert little < (4 + 4) * inputs  # four blocks, and what lies before and after them
+    halved = copy.deepcopy(plain)
+    passing.arrange(halved, recompute="half", compiled=False)
+    assert bytes_kept(halved, batch) == pytest.approx((everything + little) / 2, rel=0.05)
 
 
-def test_each_block_runs_twice_in_training_and_once_elsewhere():
-    model, batch, calls = tiny(), a_batch(), []
-    passing.arrange(model, recompute=True, compiled=False)
+@pytest.mark.parametrize(
+    ("policy", "num_layers", "expected"),
+    [
+        ("blocks", 4, [0, 1, 2, 3, 3, 2, 1, 0]),
+        ("half", 4, [0, 1, 2, 3, 2, 0]),
+        ("half", 3, [0, 1, 2, 1]),
+        ("half", 1, [0]),
+    ],
+)
+def test_recomputed_blocks_run_twice_in_training_and_once_elsewhere(policy, num_layers, expected):
+    """Also in a copy of the model: the doctor takes copies."""
+    original, batch, calls = tiny(num_layers=num_layers), a_batch(), []
+    passing.arrange(original, recompute=policy, compiled=False)
+    model = copy.deepcopy(original)
+    del original
     for number, block in enumerate(model.blocks):
         block.attention_norm.register_forward_hook(lambda *_, number=number: calls.append(number))
     loss_and_gradients(model, batch)
-    assert calls == [0, 1, 2, 3, 3, 2, 1, 0]
+    assert calls == expected
     calls.clear()
     with torch.no_grad():
         model.eval()(batch.inputs)
-    assert calls == [0, 1, 2, 3]
+    assert calls == list(range(num_layers))
 
 
 def test_a_model_that_cannot_is_refused():
     with pytest.raises(ConfigError, match=r"train\.compile"):
-        passing.arrange(torch.nn.Linear(2, 2), recompute=False, compiled=True)
+        passing.arrange(torch.nn.Linear(2, 2), recompute="none", compiled=True)
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_a_run_with_recomputed_blocks_is_the_run_without(tmp_path, store):
     changes = {"model__dropout": 0.1, "train__steps": 8, "train__micro_batch": 4}
     plain = run_here(tmp_path, store, name="plain", **changes)
-    run = run_here(tmp_path, store, train__activation_checkpointing="blocks", **changes)
-    assert column(run, "loss") == column(plain, "loss")
-    assert column(run, "gradient_norm") == column(plain, "gradient_norm")
-    expected = final_weights(plain)
-    assert all(torch.equal(value, expected[name]) for name, value in final_weights(run).items())
+    for policy in ("half", "blocks"):
+        run = run_here(tmp_path, store, name=policy, train__activation_checkpointing=policy, **changes)
+        assert column(run, "loss") == column(plain, "loss")
+        assert column(run, "gradient_norm") == column(plain, "gradient_norm")
+        expected = final_weights(plain)
+        assert all(torch.equal(value, expected[name]) for name, value in final_weights(run).items())
 
 
 # torch looks at .grad of every tensor while it traces, and silences its own warning except where warnings are errors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "half", "blocks"])
 def test_compiled_blocks_compute_the_same_in_one_graph_for_all(recompute):
     plain = tiny(dropout=0.0)
     compiled = copy.deepcopy(plain)

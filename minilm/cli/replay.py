@@ -139,8 +139,7 @@ def _layout(config: RunConfig, report: Report, found: Found) -> Layout:
     model = models.build(model_folder.read_config(found.folder))
     # Not through `folder.load_weights`: it refuses weights that are not finite, and they may be what happened.
     model.load_state_dict(load_file(found.folder / model_folder.WEIGHTS))
-    recomputed = config.train.activation_checkpointing == "blocks"
-    passing.arrange(model, recompute=recomputed, compiled=config.train.compile)
+    passing.arrange(model, recompute=config.train.activation_checkpointing, compiled=config.train.compile)
     layout.prepare(Objective(model).to(layout.device), optim.build(model, config.optim))
     layout.objective.train()
     return layout

@@ -21,7 +21,7 @@ class DoctorConfig:
     watch: Annotated[bool, Field(description="go on checking while the run trains")] = True
     watch_share: Annotated[
         float, Field(gt=0, le=1, description="of the time that watching may take at most")
-    ] = 0.01
+    ] = 0.005
     on_failure: Annotated[
         Literal["report", "stop"], Field(description="what a failure found by the watch does to the run")
     ] = "report"

@@ -184,9 +184,10 @@ def flash(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tensor
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tensor:
     """torch's own variable-length kernel. Source: docs.pytorch.org, torch.nn.attention.varlen."""
+    if dropout:
+        return _one_by_one(q, k, v, plan, dropout)
     from torch.nn.attention.varlen import varlen_attn
 
-    assert dropout == 0
     known = _parameters_of_varlen()
     if "enable_gqa" not in known:  # torch 2.11 and before
         k, v = (repeated(x, q.shape[2]) for x in (k, v))
@@ -199,8 +200,19 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tenso
 
 def blockwise(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tensor:
     """Document by document on a CPU: see `minilm.models.blockwise`."""
-    assert plan.borders is not None and dropout == 0
+    if dropout:
+        return _one_by_one(q, k, v, plan, dropout)
+    assert plan.borders is not None
     return attend_by_blocks(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), plan.borders).view_as(q)
+
+
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tensor:
+    """Each document through torch's kernel: where dropout was turned on in a model whose settings have none."""
+    assert plan.borders is not None
+    sizes = plan.borders.diff().tolist()
+    documents = zip(*(x.flatten(0, 1).unsqueeze(0).split(sizes, dim=1) for x in (q, k, v)), strict=True)
+    whole = Plan("sdpa", plan.cos, plan.sin)
+    return torch.cat([sdpa(*one, whole, dropout) for one in documents], dim=1).view_as(q)
 
 
 _KERNELS = {"eager": eager, "sdpa": sdpa, "flash": flash, "varlen": varlen, "blockwise": blockwise}

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from minilm.models.memory_rows import DRAW_EVERY
 
 if TYPE_CHECKING:
-    from minilm.training.estimate import Case
+    from minilm.training.estimate_blocks import Case
 
 _WIDE = 4  # bytes of float32, in which retrieval runs under any precision
 _PLACE = 8  # of int64
@@ -38,7 +38,7 @@ _PLACE = 8  # of int64
 class Extra:
     """What some blocks of a model keep beyond what all do (below zero: less), and what these share. Bytes."""
 
-    blocks: int = 0  # how many are such
+    layers: tuple[int, ...] = ()  # numbers of those that are such
     inside: dict[str, float] = field(default_factory=dict)  # of one of them, per position, by part
     backward: float = 0.0  # a gradient of its backward pass that is large beside it, per position
     per_position: float = 0.0  # however many they are
@@ -56,7 +56,7 @@ def _knowledge(config: Any, case: Case) -> Extra:
         return Extra()
     draws = 1 / DRAW_EVERY if config.index_weight else 0.0
     return Extra(
-        blocks=len(config.layers),
+        layers=tuple(config.layers),
         inside={"memory": case.norm + _retrieval(config, case, draws) + _reading(config, case)},
         backward=_gathered(config, case),
         per_position=_WIDE * config.store_code_dim * (1 + draws),  # codes of windows and of entries drawn
@@ -148,7 +148,7 @@ def _pkm(config: Any, case: Case) -> Extra:
         once += c * (keys * dim + 2 * dim * dim)
     elif case.bf16:
         once += copies  # the norm's own input is float32
-    return Extra(blocks=1, inside=inside, once=once)
+    return Extra(layers=(config.layer,), inside=inside, once=once)
 
 
 # A variant of which some blocks are unlike the others has its entry here, beside the one in `BLOCKS` for all of them.

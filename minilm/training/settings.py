@@ -8,9 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from minilm.training.layout import Asked
+from minilm.training.passing import Recompute
+
+
+def _rows(value: Any) -> Any:
+    """One message for what neither of the types of train.micro_batch takes."""
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if value in (None, "auto") or (isinstance(number, int) and not isinstance(value, bool) and number > 0):
+        return number
+    raise PydanticCustomError("rows", "should be a number of rows from 1 on, auto or none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +51,12 @@ class TrainConfig:
         int, Field(gt=0, description="rows per optimizer step, over all ranks and micro-batches together")
     ] = 32
     micro_batch: Annotated[
-        int | None,
-        Field(gt=0, description="rows per forward on one rank; none: all rows of the rank at once"),
+        int | Literal["auto"] | None,
+        BeforeValidator(_rows),
+        Field(
+            description="rows per forward on one rank; none: all rows of the rank at once; auto: as many as fit into "
+            "memory, found at the start"
+        ),
     ] = None
     precision: Annotated[
         Literal["auto", "bf16", "fp32"],
@@ -88,8 +102,11 @@ class TrainConfig:
         ),
     ] = 10
     activation_checkpointing: Annotated[
-        Literal["none", "blocks"],
-        Field(description="blocks: keep only their inputs and compute them again in the backward pass"),
+        Recompute,
+        Field(
+            description="what is computed again in the backward pass instead of kept: none, half of the blocks, all "
+            "blocks. Less memory, more time, the same numbers"
+        ),
     ] = "none"
     compile: Annotated[bool, Field(description="compile the blocks for training (torch.compile)")] = False
     ema_decay: Annotated[
@@ -152,8 +169,15 @@ class TrainConfig:
         """How long the run is, in optimizer steps."""
         return self.steps or math.ceil((self.epochs or 0) * steps_per_epoch)
 
+    @property
+    def rows_per_forward(self) -> int | None:
+        """train.micro_batch as a number; None: all rows of the rank at once, or not known before the start (auto)."""
+        return None if self.micro_batch == "auto" else self.micro_batch
+
     def asked(self, clip_norm: float | None) -> Asked:
-        return Asked(self.batch_size, self.micro_batch, self.precision, self.device, clip_norm, self.ranks)
+        return Asked(
+            self.batch_size, self.rows_per_forward, self.precision, self.device, clip_norm, self.ranks
+        )
 
 
 class Log(Protocol):

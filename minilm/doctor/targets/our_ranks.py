@@ -68,7 +68,7 @@ def on_rank(
 
     rank, world = dist.get_rank(), dist.get_world_size()
     loader = loader_of(
-        open_data(data), train.batch_size, train.micro_batch, seed=train.seed, rank=rank, world=world
+        open_data(data), train.batch_size, train.rows_per_forward, seed=train.seed, rank=rank, world=world
     )
     train = dataclasses.replace(train, batch_size=loader.batch_rows, micro_batch=loader.micro_batch)
     make = training_of(

@@ -81,7 +81,7 @@ class _Steps:
     ) -> None:
         self.rates, self.num_steps, self.batches = rates, num_steps, batches
         self.layout = Layout(train.asked(rates.clip_norm))
-        passing.arrange(model, recompute=train.activation_checkpointing == "blocks", compiled=train.compile)
+        passing.arrange(model, recompute=train.activation_checkpointing, compiled=train.compile)
         model = model.to(self.layout.device)
         self.layout.prepare(Objective(model), optim.build(model, rates), ema_decay=train.ema_decay)
         self.layout.seed_dropout(seed)
