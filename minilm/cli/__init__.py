@@ -8,12 +8,14 @@ arguments that returns an exit code (None is 0).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
+import gc
 import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from minilm.errors import ConfigError, MinilmError
 
@@ -41,6 +43,25 @@ def guarded(command: Callable[[], int | None], *, debug: bool) -> int:
     except BrokenPipeError:  # `minilm data show ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+@contextlib.contextmanager
+def importing(name: str) -> Iterator[None]:
+    """Import the module `name` and what hangs on it inside, once per process, without the garbage collector.
+
+    torch and what hangs on it are a million objects, and they stay. The collector would look through them again and
+    again while they grow, a quarter of the time of the imports, and again at each of its full rounds later: they are
+    put out of its sight (`gc.freeze`). Nothing is done where the module is imported already.
+    """
+    if name in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def wrapped(text: str) -> str:

@@ -55,10 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
         from minilm.cli.settings import print_settings
 
         arguments.show()
-        print_settings()
+        with cli.importing("torch"):
+            print_settings()
         return 0
-    from minilm.launch import train
-    from minilm.run import load_config
+    with cli.importing("torch"):
+        from minilm.launch import train
+        from minilm.run import load_config
 
     settings = list(arguments.settings)
     if arguments.init_from is not None:
