@@ -80,6 +80,8 @@ class Child:
         lines = [x.strip() for x in self._log.read_text(encoding="utf-8", errors="replace").splitlines()]
         said = next((line for line in reversed(lines) if line), "it said nothing")
         how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        if code == -signal.SIGKILL:  # nobody here sends it to a child that is still to answer
+            how += ": usually the system had no memory left; measure fewer at once (--only)"
         # Of paths the last part: a folder of this machine means nothing to a reader.
         return re.sub(r"(?<![\w.])/(?:[^\s/'\"]+/)+", "", said)[:300] + f" ({how})"
 

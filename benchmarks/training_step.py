@@ -10,8 +10,8 @@ so that what else the machine does meets all, and a ratio is that of two contend
 most that the process of a contender ever had (CUDA: what the allocator gave out). PEERS is a folder with checkouts
 named nanoGPT, nanochat, litgpt, minimind; who cannot be imported, compiles too slowly or fails is told with the reason.
 
-On a CPU one head size takes about 4 minutes without peers and 12 with all of them, half of it for torch.compile, whose
-cache begins empty. Exit code 1 if minilm and transformers, which begin with the same weights, have other losses.
+All stay alive at the same time: at 8 x 512 on a CPU each has 2 to 3 GB, so 24 GB of memory hold eight (--only). These
+take about 5 minutes for a head size, half of it for torch.compile, whose cache begins empty. Exit code 1 if minilm and transformers, which begin with the same weights, have other losses.
 """
 
 from __future__ import annotations
