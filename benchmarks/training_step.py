@@ -11,7 +11,8 @@ most that the process of a contender ever had (CUDA: what the allocator gave out
 named nanoGPT, nanochat, litgpt, minimind; who cannot be imported, compiles too slowly or fails is told with the reason.
 
 All stay alive at the same time: at 8 x 512 on a CPU each has 2 to 3 GB, so 24 GB of memory hold eight (--only). These
-take about 5 minutes for a head size, half of it for torch.compile, whose cache begins empty. Exit code 1 if minilm and transformers, which begin with the same weights, have other losses.
+take about 5 minutes for a head size, half of it for torch.compile, whose cache begins empty. Exit code 1 if minilm and
+transformers, which begin with the same weights, have other losses.
 """
 
 from __future__ import annotations
