@@ -274,26 +274,13 @@ def flash_missing() -> str | None:
 
 def flash_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the installed package cannot run on these tensors; None if it can."""
-    if device.type != "cuda":
-        return f"flash-attn runs on CUDA only, and the model is on {device.type}. Choose attention: auto."
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"flash-attn needs float16 or bfloat16, and attention runs in {dtype}. Train in bf16 or choose auto."
-    if head_dim % 8 or head_dim > 256:
-        return f"flash-attn needs a head size that is a multiple of 8 up to 256, not {head_dim}. Choose auto."
-    return None
+    return _unlike_flash("flash-attn", device, dtype, head_dim)
 
 
 def varlen_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why torch's variable-length kernel cannot run on these tensors; None if it can."""
-    if device.type != "cuda":
-        return f"torch's varlen kernel runs on CUDA only, and the model is on {device.type}. Choose attention: auto."
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"torch's varlen kernel needs float16 or bfloat16, and attention runs in {dtype}. Choose auto."
-    if head_dim % 8 or head_dim > 256:
-        return (
-            "torch's varlen kernel needs a head size that is a multiple of 8 up to 256, "
-            f"not {head_dim}. Choose auto."
-        )
+    if reason := _unlike_flash("torch's varlen kernel", device, dtype, head_dim):
+        return reason
     if (
         torch.version.hip
         or not torch.cuda.is_available()
@@ -302,6 +289,19 @@ def varlen_refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
         return "torch's varlen kernel needs an NVIDIA GPU of compute capability 8.0 or higher. Choose auto."
     if not _parameters_of_varlen():
         return f"torch {torch.__version__} has no torch.nn.attention.varlen. Choose auto."
+    return None
+
+
+def _unlike_flash(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What both kernels want, as they are of one kind."""
+    if device.type != "cuda":
+        return f"{name} runs on CUDA only, and the model is on {device.type}. Choose attention: auto."
+    if dtype not in (torch.float16, torch.bfloat16):
+        return (
+            f"{name} needs float16 or bfloat16, and attention runs in {dtype}. Train in bf16 or choose auto."
+        )
+    if head_dim % 8 or head_dim > 256:
+        return f"{name} needs a head size that is a multiple of 8 up to 256, not {head_dim}. Choose auto."
     return None
 
 

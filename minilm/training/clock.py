@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import torch
@@ -41,6 +42,6 @@ class Stopwatch:
     def seconds(self) -> dict[str, float]:
         """Of all laps so far, by part. Waits until the device has done them."""
         parts: dict[str, float] = {}
-        for (_, start), (part, end) in zip(self._marks, self._marks[1:], strict=False):
+        for (_, start), (part, end) in itertools.pairwise(self._marks):
             parts[part] = parts.get(part, 0.0) + elapsed(start, end)
         return parts
