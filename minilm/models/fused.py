@@ -2,8 +2,8 @@
 
 Written in torch's operations, each of these keeps every intermediate result for the backward pass, and passes through
 memory once per operation. Here a norm keeps its input and one number per token, a rotation nothing but its angles, a
-gated feed-forward its two inner products: what else is needed is cheap and is made again. At the reference size that is
-half of the activations of a block.
+gated feed-forward its two inner products: what else is needed is cheap and is made again. With the kernel for CPUs a
+block of the reference size then keeps 27 kB a token, where formulas and torch's kernel with a mask keep 45.
 
 Everywhere else the formulas of `minilm.models.parts` run: they are the reference that the tests compare with. CUDA has
 fused kernels of its own, and a compiler sees through formulas better than through these.
