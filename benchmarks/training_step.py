@@ -11,8 +11,8 @@ most that the process of a contender ever had (CUDA: what the allocator gave out
 named nanoGPT, nanochat, litgpt, minimind; who cannot be imported, compiles too slowly or fails is told with the reason.
 
 All stay alive at the same time: at 8 x 512 on a CPU each has 2 to 3 GB, so 24 GB of memory hold eight (--only). These
-take about 5 minutes for a head size, half of it for torch.compile, whose cache begins empty. Exit code 1 if minilm and
-transformers, which begin with the same weights, have other losses.
+take some minutes for a head size, the larger part for torch.compile, whose caches begin empty. Exit code 1 if minilm
+and transformers, which begin with the same weights, have other losses.
 """
 
 from __future__ import annotations
@@ -119,8 +119,10 @@ def started(name: str, entry: Entry, shape: Shape, folder: Path, children: list[
         return Runner(name, entry, None, failed=f"there is no folder {entry.folder} in the folder of peers")
     given = {"shape": dataclasses.asdict(shape), "module": entry.module, "options": entry.options}
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
-    # A cache that begins empty: else the seconds to compile would depend on what was compiled before.
-    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / f"{name}-inductor"))
+    # Caches that begin empty: else the seconds to compile would depend on what was compiled before. They are set, not
+    # given as a default: where torch's compiler was imported, this process has the common folder in its environment.
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / f"{name}-inductor")
+    environment["TRITON_CACHE_DIR"] = str(folder / f"{name}-triton")
     if shape.threads is not None:
         environment["OMP_NUM_THREADS"] = str(shape.threads)
     environment |= entry.environment

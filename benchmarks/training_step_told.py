@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from measuring import table, told
@@ -17,11 +17,13 @@ def section(record: Mapping[str, Any]) -> str:
     where = "CPU" if settings["device"] == "cpu" else record["machine"]["accelerator"]
     number = record["machine"]["threads"]
     threads = f", {number} thread{'s' if number > 1 else ''}" if settings["device"] == "cpu" else ""
-    title = (
-        f"## Training step, {settings['size']}: {settings['batch']} x {settings['length']} tokens, "
-        f"{'float32' if settings['dtype'] == 'fp32' else 'bf16'} on {where}{threads}"
+    heads = " and ".join(str(case["head_size"]) for case in cases)
+    title = f"## Training step, {settings['size']}, heads of {heads}{_kind(cases)}"
+    shape = (
+        f"{settings['batch']} x {settings['length']} tokens a step, "
+        f"{'float32' if settings['dtype'] == 'fp32' else 'bf16'} on {where}{threads}."
     )
-    parts = [title, " ".join(_sentence(case) for case in cases), _legend(record)]
+    parts = [title, " ".join(_sentence(case) for case in cases), shape, _legend(record)]
     for case in cases:
         parts += [
             f"### Size of a head: {case['head_size']}",
@@ -32,6 +34,12 @@ def section(record: Mapping[str, Any]) -> str:
         parts += [_floors(case)]
     parts += [_setups(cases), f"```\n{record['command']}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def _kind(cases: Sequence[Mapping[str, Any]]) -> str:
+    """For the title: who is compared, where it is not all sorts."""
+    some = any("compile_seconds" in x for case in cases for x in case["contenders"].values())
+    return "" if some else ", nobody compiled"
 
 
 def best_of_ours(case: Mapping[str, Any]) -> str | None:
