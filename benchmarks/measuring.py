@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,8 +50,26 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "minilm": minilm.__version__,
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def commit() -> str | None:
+    """The commit that this code is of, with a + where code was changed since; None outside of a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    name = _git(root, "rev-parse", "--short=10", "HEAD")
+    return name and name + ("+" if changed else "")
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What git says of the checkout at `root`; None where there is none, or no git."""
+    try:
+        ran = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return ran.stdout.strip() if ran.returncode == 0 else None
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
