@@ -66,7 +66,9 @@ def commit() -> str | None:
 def _git(root: Path, *arguments: str) -> str | None:
     """What git says of the checkout at `root`; None where there is none, or no git."""
     try:
-        ran = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        ran = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
+        )
     except FileNotFoundError:
         return None
     return ran.stdout.strip() if ran.returncode == 0 else None

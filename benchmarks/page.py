@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ PARTS = (
     Part("generation", "Generation", "How fast is text generated?"),
     Part("evaluation_throughput", "Evaluation", "How fast are documents scored?",
          "--out benchmarks/results/evaluation_throughput.json"),
+    Part("regressions", "From commit to commit", "Has something become slower?"),
 )  # fmt: skip
 
 
@@ -117,7 +119,8 @@ def read(folder: Path) -> dict[str, Mapping[str, Any]]:
 
 def page(records: Mapping[str, Mapping[str, Any]]) -> str:
     """The whole page. Raises Problem where a record is not what its benchmark writes."""
-    blocks = [NOTE, "# Performance", introduction(list(records.values()))]
+    blocks: list[str] = []
+    measured: list[str] = []
     drawn = {id(record): name for name, record in pictures(records).items()}
     known = [part.module for part in PARTS if (HERE / f"{part.module}.py").is_file()]
     more = dict.fromkeys(
@@ -129,9 +132,38 @@ def page(records: Mapping[str, Mapping[str, Any]]) -> str:
         if not files:
             command = " ".join(["python", f"benchmarks/{part.module}.py", part.command]).strip()
             blocks.append(f"## {part.title}\n\n{part.question} Not measured yet:\n\n```\n{command}\n```")
+        said: set[str] = set()
         for name in files:
-            blocks.append(_section(part, name, records[name], drawn.get(id(records[name]))))
-    return "\n\n".join(block.strip() for block in blocks) + "\n"
+            text = _section(part, name, records[name], drawn.get(id(records[name])))
+            heading, _, rest = text.partition("\n")
+            if heading in (before.partition("\n")[0] for before in measured):
+                text = f"{heading} ({name})\n{rest}"
+            measured.append(text)
+            blocks.append(_once(text, said))
+    begin = [NOTE, "# Performance", introduction(list(records.values()))]
+    begin += [at_a_glance(measured)] if measured else []
+    return "\n\n".join(block.strip() for block in begin + blocks) + "\n"
+
+
+def at_a_glance(sections: Sequence[str]) -> str:
+    """The first paragraph of each section, which says what was found, under its name."""
+    lines = []
+    for text in sections:
+        heading, found = text.split("\n\n")[:2]
+        title = heading.removeprefix("## ")
+        anchor = re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title.lower()))
+        lines.append(f"- [{title}](#{anchor}): {found}")
+    return "\n".join(["## At a glance", "", *lines])
+
+
+def _once(text: str, said: set[str]) -> str:
+    """Without the explanations that an earlier section of the same benchmark has word for word."""
+    kept = []
+    for paragraph in text.split("\n\n"):
+        explains = len(paragraph) > 300 and paragraph[0].isalpha()
+        kept.append("*To be read as above.*" if explains and paragraph in said else paragraph)
+        said.update([paragraph] if explains else [])
+    return "\n\n".join(kept)
 
 
 def _section(part: Part, name: str, record: Mapping[str, Any], picture: str | None) -> str:
@@ -193,6 +225,7 @@ def _measured(record: Mapping[str, Any]) -> str:
     machine = record["machine"]
     facts = [str(record.get("date") or machine.get("date", "")), str(machine.get("processor") or "")]
     facts.append(f"{machine['cores']} cores" if machine.get("cores") else "")
+    facts.append(f"commit {machine['commit']}" if machine.get("commit") else "")
     facts.append(str(machine.get("accelerator") or ""))
     facts += [f"{name} {machine[name]}" for name in ("torch", "transformers", "python") if machine.get(name)]
     if machine.get("load_average"):

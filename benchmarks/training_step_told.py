@@ -18,7 +18,8 @@ def section(record: Mapping[str, Any]) -> str:
     number = record["machine"]["threads"]
     threads = f", {number} thread{'s' if number > 1 else ''}" if settings["device"] == "cpu" else ""
     heads = " and ".join(str(case["head_size"]) for case in cases)
-    title = f"## Training step, {settings['size']}, heads of {heads}{_kind(cases)}"
+    device = "" if settings["device"] == "cpu" else f", {where}"
+    title = f"## Training step, {settings['size']}, heads of {heads}{_kind(cases)}{device}"
     shape = (
         f"{settings['batch']} x {settings['length']} tokens a step, "
         f"{'float32' if settings['dtype'] == 'fp32' else 'bf16'} on {where}{threads}."

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ class Batch:
     weights    float32  1 where that prediction counts, else 0
     entries    int64    row of the knowledge source from which targets[b, i] can be known, -1 where none is known
                         and where no prediction counts; None where the data carry no such labels
+    documents  int      number of runs of one segment, counted as a batch leaves the host (`to`); else None
     """
 
     inputs: Tensor
@@ -53,6 +55,7 @@ class Batch:
     targets: Tensor
     weights: Tensor
     entries: Tensor | None = None
+    documents: int | None = dataclasses.field(default=None, init=False, compare=False)  # `replace` forgets it
 
     def __post_init__(self) -> None:
         shapes = {name: tuple(field.shape) for name, field in self._fields().items()}
@@ -61,12 +64,20 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on `device`."""
-        moved = {name: field.to(device, non_blocking=non_blocking) for name, field in self._fields().items()}
-        return Batch(**moved)
+        moved, documents = self.each(lambda x: x.to(device, non_blocking=non_blocking)), self.documents
+        if self.segments.is_cpu and not moved.segments.is_cpu:  # there, counting would hold up the host
+            goes_on = self.segments[:, 1:] == self.segments[:, :-1]
+            documents = self.segments.numel() - int(goes_on.sum())
+        object.__setattr__(moved, "documents", documents)
+        return moved
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch of all fields after the same change."""
+        return Batch(**{name: change(field) for name, field in self._fields().items()})
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows `start` to `stop` (exclusive) as a batch of their own."""
-        return Batch(**{name: field[start:stop] for name, field in self._fields().items()})
+        return self.each(lambda x: x[start:stop])
 
     def num_targets(self) -> Tensor:
         """How many predictions count: the denominator of the mean loss, a float64 scalar."""
@@ -78,9 +89,8 @@ class Batch:
         return self.inputs.shape[0], self.inputs.shape[1]
 
     def _fields(self) -> dict[str, Tensor]:
-        """The fields that there are: `entries` may be absent."""
-        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: field for name, field in found.items() if field is not None}
+        """The fields of a value per position that there are: `entries` may be absent."""
+        return {name: field for name, field in vars(self).items() if isinstance(field, Tensor)}
 
 
 def align(
@@ -133,8 +143,7 @@ def from_labels(input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None
     for name, value in (("labels", labels), ("attention_mask", attention_mask)):
         if value is not None and value.shape != input_ids.shape:
             raise DataError(
-                f"{name} has shape {list(value.shape)}, input_ids {list(input_ids.shape)}: "
-                "they must be equal."
+                f"{name} has shape {list(value.shape)}, input_ids {list(input_ids.shape)}: they must be equal."
             )
     learn = labels != IGNORED
     wrong = learn & (labels != input_ids)
@@ -173,12 +182,9 @@ def _check_types(tokens: Tensor, segments: Tensor, learn: Tensor | None, entries
             raise DataError(f"{name} must be integers, not {value.dtype}.")
     if learn is not None and learn.dtype != torch.bool:  # labels with -100 in them would be true everywhere
         raise DataError(f"learn must be bool (true where the token is to be learnt), not {learn.dtype}.")
-    if entries is not None and bool(
-        (entries < -1).any()
-    ):  # -100 would be a row number to whoever looks it up
+    if entries is not None and bool((entries < -1).any()):  # -100 would be looked up as a row
         raise DataError(
-            f"entries has the value {int(entries.min())}: a row of the knowledge source is 0 or more, -1 says that "
-            "none is known."
+            f"entries has the value {int(entries.min())}: a row of the knowledge source, or -1 where none is known."
         )
 
 
@@ -278,9 +284,7 @@ def nll(logits: Tensor, batch: Batch) -> Tensor:
     Exactly 0 where the weight is 0, and so is the gradient, whatever the logits there (inf and NaN too).
     """
     if logits.dim() != 3 or tuple(logits.shape[:2]) != batch.shape:
-        raise DataError(
-            f"logits have shape {list(logits.shape)}, the batch {list(batch.shape)}: nothing may be cut off."
-        )
+        raise DataError(f"logits are {[*logits.shape]}, the batch {[*batch.shape]}: nothing may be cut off.")
     counts = batch.weights > 0
     targets = torch.where(counts, batch.targets, _NO_TARGET)
     if torch.is_grad_enabled() or not bool(counts.all()):  # a copy that a scored text does not need
@@ -295,8 +299,7 @@ def counted(x: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
     if tuple(x.shape[:2]) != batch.shape:
         raise DataError(f"The tensor has shape {list(x.shape)}, the batch {list(batch.shape)}.")
     counts = batch.weights > 0
-    fields = {name: field[counts].unsqueeze(1) for name, field in batch._fields().items()}
-    return x[counts].unsqueeze(1), Batch(**fields)
+    return x[counts].unsqueeze(1), batch.each(lambda field: field[counts].unsqueeze(1))
 
 
 def score(logits: Tensor, batch: Batch, byte_lengths: Tensor | None = None) -> Sum:
@@ -362,8 +365,7 @@ class _ChunkedNats(torch.autograd.Function):
         precise = torch.float64 if dtype == torch.float64 else torch.float32
         wants_hidden, wants_head = grad and ctx.needs_input_grad[0], grad and ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden, dtype=dtype) if wants_hidden else None
-        # Added up over chunks, therefore not in bfloat16.
-        grad_head = torch.zeros_like(head, dtype=precise) if wants_head else None
+        grad_head = torch.zeros_like(head, dtype=precise) if wants_head else None  # a sum: not in bfloat16
         nats = torch.zeros((), dtype=torch.float64, device=hidden.device)
         with torch.autocast(device, enabled=False):
             table = head.to(dtype)
@@ -390,11 +392,8 @@ class _ChunkedNats(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.saved_tensors
         scaled = [
-            None
-            if g is None
-            else (g * grad.to(g.dtype if g.dtype == torch.float64 else torch.float32)).to(dtype)
-            for g, dtype in zip((grad_hidden, grad_head), ctx.dtypes, strict=True)
+            None if g is None else (g * grad.to(torch.promote_types(g.dtype, torch.float32))).to(dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return scaled[0], scaled[1], None, None, None, None

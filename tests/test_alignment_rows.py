@@ -149,6 +149,18 @@ def test_parts_and_copies_of_a_batch_keep_its_entries() -> None:
     assert part.entries is not None and torch.equal(part.entries, batch.rows(1, 3).entries)
 
 
+def test_documents_are_counted_as_a_batch_leaves_the_host() -> None:
+    segments = torch.tensor([[1, 1, 2, 2, 0, 0, 3], [0, 0, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7]])
+    batch = align(torch.arange(21).view(3, 7), segments)
+    assert batch.documents is None and batch.to("cpu").documents is None
+    gone = batch.to("meta")  # any device that is not the host's
+    assert gone.documents == 3 + 1 + 6  # the last token of a row is no input
+    assert gone.to("meta").documents == 10
+    # Of other rows the number would be wrong.
+    assert gone.rows(0, 1).documents is None
+    assert dataclasses.replace(gone, segments=gone.segments).documents is None
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
@@ -170,7 +182,7 @@ def test_logits_and_hidden_states_of_another_shape_are_refused() -> None:
     """Born from `eval-slice-off-by-one`: logits that were cut before the loss."""
     batch = align(*random_rows(2, 5, 7))
     for shape in ((2, 4, 7), (1, 5, 7), (10, 7), (2, 5)):
-        with pytest.raises(DataError, match="have shape"):
+        with pytest.raises(DataError, match=r"logits are .* nothing may be cut off"):
             nll(torch.zeros(shape), batch)
         with pytest.raises(DataError, match="have shape"):
             score_hidden(torch.zeros(shape), torch.zeros(9, 7), batch)

@@ -116,6 +116,10 @@ def test_the_page_tells_what_was_measured_and_what_was_not(page, folders):
     assert "no figure of a GPU" in text
     assert "![Training step: tokens per second](performance_training_step.png)" in text
     assert text.count("\n## Training step") == 1 and text.count("\n## Evaluation") == 1
+    assert (
+        "- [Training step, 26m, heads of 16, nobody compiled](#training-step-26m-heads-of-16-nobody-compiled): "
+        in text
+    )
     assert "## Scaling\n" in text and "Not measured yet" in text
     assert "```\npython benchmarks/scaling.py\n```" in text
     assert text.index("## Training step") < text.index("## Scaling") < text.index("## Evaluation")
@@ -287,3 +291,26 @@ def test_the_fastest_of_at_least_three_calls_counts(measuring, monkeypatch):
 
     assert measuring._fastest(run, 6.0) == 2.0  # the first is not counted, the next three are enough
     assert len(calls) == 4
+
+
+def test_a_second_section_of_a_kind_explains_nothing_twice(page, folders):
+    other = training_step(speed=5678.0)
+    other["settings"]["size"] = "100m"
+    (folders[0] / "training_step_100m.json").write_text(json.dumps(other))
+    assert made(page, folders) == 0
+    text = (folders[1] / "performance.md").read_text(encoding="utf-8")
+    assert "4,321 (" in text and "5,678 (" in text
+    assert text.count("Ratios are of neighbours in the same turn") == 1
+    assert text.count("*To be read as above.*") == 2  # and the floors, which are the same here
+
+
+def test_no_two_sections_have_one_name(page, folders):
+    (folders[0] / "training_step_again.json").write_text(json.dumps(training_step(speed=5678.0)))
+    assert made(page, folders) == 0
+    headings = [
+        line
+        for line in (folders[1] / "performance.md").read_text(encoding="utf-8").splitlines()
+        if line[:3] == "## "
+    ]
+    assert len(set(headings)) == len(headings)
+    assert "## Training step, 26m, heads of 16, nobody compiled (training_step_again)" in headings

@@ -21,6 +21,9 @@ import torch.nn.functional as F
 from minilm import models
 from minilm.models.hf import to_hf
 
+# What is measured once serves many tests: they stay on one worker.
+pytestmark = pytest.mark.xdist_group("benchmark_training_step")
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 PEER = '''
 """A stand-in for nanoGPT: what the adapter asks of it."""

@@ -259,3 +259,14 @@ def test_borders_are_cumulated_lengths_over_all_rows():
     assert got.dtype == torch.int32
     assert got.tolist() == [0, 2, 5, 6, 8, 12]
     assert attention.borders(None, 3, 4, torch.device("cpu")).tolist() == [0, 4, 8, 12]
+    known = attention.borders(segments, 2, 6, torch.device("cpu"), 5)
+    assert known.dtype == torch.int32 and known.is_contiguous()
+    assert known.tolist() == [0, 2, 5, 6, 8, 12]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), min_size=7, max_size=7), min_size=1, max_size=4))
+def test_borders_are_the_same_where_the_number_of_documents_is_known(rows):
+    ends = [i for i in range(7 * len(rows)) if i % 7 == 0 or rows[i // 7][i % 7] != rows[i // 7][i % 7 - 1]]
+    got = attention.borders(torch.tensor(rows), len(rows), 7, torch.device("cpu"), len(ends))
+    assert got.tolist() == [*ends, 7 * len(rows)]

@@ -11,6 +11,7 @@ from device_stand_in import Device
 from training_runs import column, make_store, run_here
 
 from minilm.alignment import Batch
+from minilm.models import blockwise
 from minilm.models.attention import borders
 from minilm.models.original import Original
 from minilm.training.layout import Layout
@@ -50,10 +51,17 @@ def noted(patch, first, last, plant=None):
 
     def noted_to(batch, where, *, non_blocking=False):
         assert non_blocking
-        moved = to(batch, where, non_blocking=True).rows(0, batch.shape[0])
-        moved = Batch(**{name: field.clone() for name, field in vars(moved).items() if field is not None})
+        moved = to(batch, where, non_blocking=True).each(torch.clone)
+        object.__setattr__(moved, "documents", to(batch, "meta").documents)  # counted as it leaves the host
         device.own([*vars(moved).values()])
         return moved
+
+    def read_by_the_device(kernel):
+        def inside(*arguments):
+            with device.reading():
+                return kernel(*arguments)
+
+        return inside
 
     def noted_forward(objective, batch):
         with device.computing():
@@ -86,6 +94,8 @@ def noted(patch, first, last, plant=None):
     patch.setattr(Objective, "forward", noted_forward)
     # As on CUDA, where positions are not looked at.
     patch.setattr(Original, "_check", lambda model, inputs, segments, _: check(model, inputs, segments, None))
+    for name in ("forward", "backward"):  # on CUDA a kernel itself reads where documents begin
+        patch.setattr(blockwise, name, read_by_the_device(getattr(blockwise, name)))
     patch.setattr(Layout, "backward", noted_backward)
     patch.setattr(Layout, "step", noted_update)
     patch.setattr(Unread, "__init__", noted_made)
@@ -93,17 +103,23 @@ def noted(patch, first, last, plant=None):
     return device.looks, events
 
 
-@pytest.mark.parametrize("rows", ["packed", "document"])
+BY_DOCUMENT = {"model__attention": "blockwise", "model__dropout": 0.0}  # it stands for the kernels of CUDA
+
+
+@pytest.mark.parametrize(
+    ("rows", "kernel"), [("packed", {}), ("packed", BY_DOCUMENT), ("document", BY_DOCUMENT)]
+)
 def test_a_step_waits_for_nothing_and_is_read_after_the_backward_of_the_next(
-    tmp_path, store, monkeypatch, rows
+    tmp_path, store, monkeypatch, rows, kernel
 ):
+    settings = {"data__rows": rows, "train__ema_decay": 0.9, **RUN, **kernel}
     with monkeypatch.context() as patch:
         looks, events = noted(patch, 3, 7)
-        run = run_here(tmp_path, store, data__rows=rows, train__ema_decay=0.9, **RUN)
+        run = run_here(tmp_path, store, **settings)
     assert looks == []
     later = [e for step in range(3, 8) for e in (("backward", step), ("read", step - 1), ("update", step))]
     assert events[events.index(("backward", 3)) :][: len(later)] == later
-    plain = run_here(tmp_path, store, name="plain", data__rows=rows, train__ema_decay=0.9, **RUN)
+    plain = run_here(tmp_path, store, name="plain", **settings)
     assert column(run, "loss") == column(plain, "loss")
 
 
@@ -143,6 +159,8 @@ def test_the_stand_in_notices(tmp_path, store, monkeypatch, what):
         torch.zeros(3).tolist()  # of the host
         assert device.looks == []
         SYNCHRONISING[what](computed)
+    with device.on():  # where their number is known, nothing is looked at
+        borders((computed + torch.zeros(2, 3)).long(), 2, 3, computed.device, 2)
     place = "attention.py" if what.startswith("documents") else "test_training_synchronising.py"
     assert len(device.looks) == 1 and place in device.looks[0]
 
@@ -157,7 +175,8 @@ def test_a_look_that_is_planted_into_the_step_is_counted(tmp_path, store, monkey
     not torch.cuda.is_available(), reason="needs a CUDA device: torch counts its synchronising calls"
 )
 @pytest.mark.parametrize("rows", ["packed", "document"])
-def test_on_cuda_no_call_of_a_step_synchronises(tmp_path, store, monkeypatch, rows):
+@pytest.mark.parametrize("kernel", [{}, {"model__attention": "auto", "model__dropout": 0.0}])
+def test_on_cuda_no_call_of_a_step_synchronises(tmp_path, store, monkeypatch, rows, kernel):
     seen, one_step = [], Trainer._one_step
 
     def strict(trainer):
@@ -171,7 +190,6 @@ def test_on_cuda_no_call_of_a_step_synchronises(tmp_path, store, monkeypatch, ro
         return seen[-1]
 
     monkeypatch.setattr(Trainer, "_one_step", strict)
-    # Kernels that go document by document look up where documents begin, once per forward.
-    settings = RUN | {"model__attention": "sdpa", "train__device": "cuda", "train__precision": "bf16"}
+    settings = RUN | {"train__device": "cuda", "train__precision": "bf16"} | kernel
     run = run_here(tmp_path, store, data__rows=rows, **settings)
     assert seen == [None] * 5 and column(run, "step") == list(range(1, 10))

@@ -10,7 +10,6 @@ is one number. No random number generator is touched, and threads only fetch ahe
 
 from __future__ import annotations
 
-import dataclasses
 import queue
 import threading
 from collections.abc import Iterator
@@ -281,8 +280,7 @@ def aligned(rows: Rows, numbers: np.ndarray) -> Batch:
 
 def pinned(batch: Batch) -> Batch:
     """The same batch in pinned (page-locked) memory."""
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    return Batch(**{name: value.pin_memory() for name, value in fields.items() if value is not None})
+    return batch.each(lambda field: field.pin_memory())
 
 
 def validation_batches(

@@ -72,8 +72,13 @@ def plan(
     head_dim: int,
     cache: KVCache | None,
     dropout: float = 0.0,
+    documents: int | None = None,
 ) -> Plan:
-    """Choose the kernel and describe who attends to whom. `segments` are those of the inputs [B, L] or None."""
+    """Choose the kernel and describe who attends to whom.
+
+    segments   those of the inputs [B, L] or None
+    documents  how many runs of one segment they have, where that is known: it saves waiting for an accelerator
+    """
     rows, length = inputs.shape
     backend = resolve(backend, inputs.device, dtype, head_dim, dropout)
     if cache is not None:
@@ -84,7 +89,8 @@ def plan(
         known = cache.all_segments  # [B, S], the segments of these inputs included
         return Plan(backend, cos, sin, mask=allowed(known[:, -length:], known), cache=cache)
     if backend in BY_DOCUMENT:
-        return Plan(backend, cos, sin, borders=borders(segments, rows, length, inputs.device), longest=length)
+        ends = borders(segments, rows, length, inputs.device, documents)
+        return Plan(backend, cos, sin, borders=ends, longest=length)
     if segments is not None:
         return Plan(backend, cos, sin, mask=allowed(segments, segments))
     if backend == "eager":
@@ -102,17 +108,24 @@ def allowed(queries: Tensor, keys: Tensor) -> Tensor:
     return (same & causal).unsqueeze(1)
 
 
-def borders(segments: Tensor | None, rows: int, length: int, device: torch.device) -> Tensor:
+def borders(
+    segments: Tensor | None, rows: int, length: int, device: torch.device, documents: int | None = None
+) -> Tensor:
     """Where documents begin in the flattened rows, then the end: the `cu_seqlens` of variable-length kernels.
 
-    Every row begins a document, so does every change of segment; padding is a document to itself.
+    Every row begins a document, so does every change of segment; padding is a document to itself. How many there are
+    is the size of the result: the host has to wait for an accelerator to tell it, or to know (`documents`).
     """
+    if segments is None:
+        return torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
     starts = torch.zeros(rows, length, dtype=torch.bool, device=device)
     starts[:, 0] = True
-    if segments is not None:
-        starts[:, 1:] |= segments[:, 1:] != segments[:, :-1]
-    first = starts.flatten().nonzero().flatten()
-    return F.pad(first, (0, 1), value=rows * length).to(torch.int32)
+    starts[:, 1:] |= segments[:, 1:] != segments[:, :-1]
+    if documents is None:
+        first = starts.flatten().nonzero().flatten()
+        return F.pad(first, (0, 1), value=rows * length).to(torch.int32)
+    begun = starts.flatten().cumsum(0)  # documents so far: the first place with k of them begins the k-th
+    return torch.searchsorted(begun, torch.arange(1, documents + 2, device=device), out_int32=True)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float = 0.0) -> Tensor:

@@ -102,8 +102,9 @@ class Knowledge(Original):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         entries: Tensor | None = None,
+        documents: int | None = None,
     ) -> Output:
-        return self._forward(inputs, segments, positions, cache, entries)
+        return self._forward(inputs, segments, positions, cache, entries, documents)
 
     def reads(
         self,

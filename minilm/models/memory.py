@@ -28,6 +28,7 @@ from minilm.models.attention import Plan
 from minilm.models.base import ModelConfig
 from minilm.models.parts import AttentionBlock, Block, RMSNorm
 from minilm.models.retrieval import RetrievalShape, Retrieved, Retriever, SubKeys
+from minilm.onednn import product
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class MemoryLayer(nn.Module):
         mixed, attended = self._read(states.flatten(0, 1), found, plan)
         gates = torch.sigmoid(F.linear(states, self.gate, self.gate_bias))  # [B, L, heads]
         gated = mixed.unflatten(0, (rows, length)) * gates.unsqueeze(-1)
-        x = x + F.linear(gated.flatten(2), self.out)
+        x = x + product(gated.flatten(2), self.out)
         shape = (rows, length)
         read = _record(found, attended.detach(), gates.detach(), shape) if plan.record else None
         index_loss = found.losses.new_zeros(())
@@ -148,11 +149,11 @@ class MemoryLayer(nn.Module):
         """States [N, D] -> what each head read [N, heads, head_dim], and the attention [N, heads, m x W + 1]."""
         store, table = plan.store, plan.embedding
         assert store is not None and table is not None
-        queries = F.linear(states, self.query).unflatten(-1, (self.heads, self.head_dim))
+        queries = product(states, self.query).unflatten(-1, (self.heads, self.head_dim))
         queries = queries / math.sqrt(self.head_dim)
         ids = store.ids[found.slots].long()  # [N, m, W]
         # Keys and values in one look-up: its backward pass sorts the ids, which costs more than the sums.
-        table = F.linear(table, torch.cat((self.key, self.value)))  # [V, 2 d]
+        table = product(table, torch.cat((self.key, self.value)))  # [V, 2 d]
         keys, values = F.embedding(ids, table).chunk(2, dim=-1)  # [N, m, W, d]
         # Positions are added to the products, which are smaller than keys and values: q (k + p) = q k + q p.
         positions = queries @ self.key_positions.to(queries.dtype).T  # [N, heads, W]

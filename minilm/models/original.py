@@ -71,6 +71,7 @@ class Original(nn.Module):
     """model(inputs [B, L], segments, positions, cache) -> Output. Knows nothing of losses."""
 
     takes_entries = False  # does forward want to know which entry each target needs (`Batch.entries`)
+    takes_documents = True  # and how many documents there are (`Batch.documents`)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -138,6 +139,7 @@ class Original(nn.Module):
         segments: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
+        documents: int | None = None,
     ) -> Output:
         """hidden[b, i] is computed from inputs[b, : i + 1] of its own segment.
 
@@ -145,10 +147,11 @@ class Original(nn.Module):
         segments   [B, L] document numbers, 0 = padding, each document one unbroken run; default: one document
         positions  [B, L] default: 0, 1, 2, ... within each document
         cache      earlier tokens of the same rows; these are appended to it
+        documents  how many runs of one segment there are, if it is known: an accelerator is not waited for then
 
         Raises ConfigError for sequences longer than `max_length`, DataError for shapes that do not fit.
         """
-        return self._forward(inputs, segments, positions, cache)
+        return self._forward(inputs, segments, positions, cache, documents=documents)
 
     def _forward(
         self,
@@ -157,6 +160,7 @@ class Original(nn.Module):
         positions: Tensor | None,
         cache: KVCache | None,
         entries: Tensor | None = None,
+        documents: int | None = None,
     ) -> Output:
         self._check(inputs, segments, positions)
         if cache is not None:
@@ -172,6 +176,7 @@ class Original(nn.Module):
             head_dim=self.config.head_dim,
             cache=cache,
             dropout=self.config.dropout,
+            documents=documents,
         )
         shared = self.extended(shared, inputs, segments, entries)
         x = self.dropout(self.embedding(inputs))  # [B, L, D]

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from minilm.knowledge.store import KnowledgeStore
 from minilm.models.product_keys import best_cells
+from minilm.onednn import product
 
 NEAR = 1e-6  # two scores that are nearer count as so far apart: keeps log(1 - exp(-d)) finite
 
@@ -77,7 +78,7 @@ class SubKeys(nn.Module):
         dim = self.keys.shape[2]
         keys = F.layer_norm(self.keys.to(queries.dtype), (dim,))
         queries = F.layer_norm(queries, (dim,)) / math.sqrt(dim)
-        rows, columns = (queries[:, half] @ keys[half].T for half in (0, 1))
+        rows, columns = (product(queries[:, half], keys[half]) for half in (0, 1))
         return rows, columns
 
 
@@ -129,8 +130,8 @@ class Retriever(nn.Module):
             scores = self._looked_at(reread, candidates, store) + gates
             slots, bias = self._best(candidates, scores)
             losses = rows.new_zeros(3)
-            if labels is not None and bool((labels >= 0).any()):
-                known = (labels >= 0).nonzero().flatten()
+            # How many are known decides on shapes: an accelerator is waited for, once.
+            if labels is not None and len(known := (labels >= 0).nonzero().flatten()):
                 queries = self._queries(self._shared(states[known]), codes[known], keys)
                 losses = self._losses(queries, candidates[known], labels[known], store)
             return Retrieved(slots, bias, losses, rows, columns)
@@ -139,12 +140,12 @@ class Retriever(nn.Module):
         """Scores of rows and of columns [N, side] and the query of the second look [N, code_dim]."""
         weights = self._weights(codes.dtype)
         scale = weights["log_scale"].exp()
-        hidden = F.silu(F.linear(torch.cat((codes, states), dim=-1), weights["hidden"]))
-        queries = F.linear(codes, weights["from_code"]) + F.linear(hidden, weights["from_hidden"])
-        queries = queries + F.linear(states, weights["from_state"])
+        hidden = F.silu(product(torch.cat((codes, states), dim=-1), weights["hidden"]))
+        queries = product(codes, weights["from_code"]) + product(hidden, weights["from_hidden"])
+        queries = queries + product(states, weights["from_state"])
         rows, columns = (scale[0] * part for part in keys(queries.unflatten(-1, (2, -1))))
-        reread = codes + F.linear(hidden, weights["reread_hidden"])
-        return rows, columns, scale[1] * (reread + F.linear(states, weights["reread_state"]))
+        reread = codes + product(hidden, weights["reread_hidden"])
+        return rows, columns, scale[1] * (reread + product(states, weights["reread_state"]))
 
     def _shared(self, states: Tensor) -> Tensor:
         """The same numbers, of whose gradient a share goes on.
@@ -186,8 +187,8 @@ class Retriever(nn.Module):
         with torch.autocast(codes.device.type, enabled=False):
             precise = torch.float64 if self.from_code.dtype == torch.float64 else torch.float32
             codes, weights = codes.to(precise), self._weights(precise)
-            hidden = F.silu(F.linear(codes, weights["hidden"][:, : self.shape.code_dim]))
-            queries = F.linear(codes, weights["from_code"]) + F.linear(hidden, weights["from_hidden"])
+            hidden = F.silu(product(codes, weights["hidden"][:, : self.shape.code_dim]))
+            queries = product(codes, weights["from_code"]) + product(hidden, weights["from_hidden"])
             scale = weights["log_scale"].exp()
             rows, columns = (scale[0] * part for part in keys(queries.unflatten(-1, (2, -1))))
             right, side = slots.clamp(min=0), rows.shape[1]

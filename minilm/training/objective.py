@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from minilm.alignment import Batch, Sum, score_hidden
@@ -20,6 +22,10 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Sum, dict[str, Tensor]]:
         """batch [B, L] on the model's device; raises what the model raises for rows that do not fit it."""
-        known = {"entries": batch.entries} if getattr(self.model, "takes_entries", False) else {}
-        output = self.model(batch.inputs, segments=batch.segments, positions=batch.positions, **known)
+        known: dict[str, Any] = {"segments": batch.segments, "positions": batch.positions}
+        if getattr(self.model, "takes_entries", False):
+            known["entries"] = batch.entries
+        if getattr(self.model, "takes_documents", False):
+            known["documents"] = batch.documents
+        output = self.model(batch.inputs, **known)
         return score_hidden(output.hidden, self.model.head_weight, batch), dict(output.auxiliary)

@@ -1,0 +1,275 @@
+"""Has something become slower? A few ratios to transformers and counts of a step, kept from commit to commit.
+
+    python benchmarks/regressions.py             measure, hold it against what was reached, add a line: four minutes
+    python benchmarks/regressions.py --check     the same, but write nothing
+    python benchmarks/regressions.py --quick     tiny models, to see that it works; writes nothing
+
+Seconds cannot be compared between two days; ratios to another program on the same machine can, and counts always:
+
+    step, packed step      times as fast as a plain loop around transformers (training_step.py)
+    memory of a step       peak of the process, as a share of that loop's
+    1 stream, 16 streams   whole calls, times as fast as transformers' `generate` (generation.py)
+    operators              that a step calls in torch: forward, backward, update
+    kept                   kB a token that the forward pass keeps for the backward pass
+
+Held against the best line before, of the same processor, threads and minor version of torch (counts: of torch alone).
+Exit code 1 if a figure is worse than that by more than its allowance (`FIGURES`). Measure on a quiet machine, and
+commit the line together with what changed it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import measuring
+import torch
+from scaling_worker import Point
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minilm.training.layout import Asked, Layout
+
+HERE = Path(__file__).resolve().parent
+THREADS, REPEATS = 2, 5
+Spread = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What is kept of a commit.
+
+    more_is_better  or less
+    allowance       the share by which it may be worse than the best before
+    counted         the same on every machine
+    """
+
+    name: str
+    more_is_better: bool
+    allowance: float
+    counted: bool = False
+    form: str = ".2f"
+
+
+FIGURES = (
+    Figure("step", True, 0.08),
+    Figure("packed step", True, 0.08),
+    Figure("memory of a step", False, 0.05),
+    Figure("1 stream", True, 0.08),
+    Figure("16 streams", True, 0.08),
+    Figure("operators", False, 0.01, counted=True, form=",.0f"),
+    Figure("kept", False, 0.01, counted=True, form=",.1f"),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(argv)
+    before = lines_of(args.json)
+    try:
+        now = line(measured(args.quick))
+    except subprocess.CalledProcessError as error:
+        print(
+            f"error: {Path(error.cmd[1]).name} ended with {error.returncode}: nothing is kept.",
+            file=sys.stderr,
+        )
+        return 2
+    lines = [*before, now]
+    worse = judged(now, before)
+    print(section({"results": {"lines": lines}, "command": "python benchmarks/regressions.py"}))
+    if not (args.check or args.quick):
+        settings = {"threads": THREADS, "repeats": REPEATS}
+        print(f"wrote {measuring.write('regressions', settings, {'lines': lines}, args.json, argv=[])}")
+    for sentence in worse:
+        print(f"WORSE: {sentence}", file=sys.stderr)
+    return 1 if worse else 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--quick", action="store_true", help="tiny models; writes nothing")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=measuring.RESULTS / "regressions.json",
+        metavar="FILE",
+        help="the lines (default: benchmarks/results/regressions.json)",
+    )
+    return parser.parse_args(argv)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The lines that were kept, the oldest first; none where there is no file."""
+    if not path.is_file():
+        return []
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"]["lines"]
+    return found
+
+
+def line(figures: Mapping[str, Spread]) -> dict[str, Any]:
+    """The figures with the commit and the machine."""
+    machine = measuring.machine()
+    kept = ("commit", "date", "processor", "cores", "accelerator", "torch", "transformers", "load_average")
+    return {**{key: machine[key] for key in kept}, "threads": THREADS, "figures": dict(figures)}
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def measured(quick: bool) -> dict[str, Spread]:
+    """Name of a figure -> median, lowest and highest. CalledProcessError where a benchmark fails: nothing is kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        steps, texts = (ran(name, options, Path(folder)) for name, options in commands(quick).items())
+    size, rows, length = ("tiny", 2, 32) if quick else ("26m", 2, 128)
+    return from_steps(steps) | from_texts(texts) | counts(size, rows, length)
+
+
+def commands(quick: bool) -> dict[str, list[str]]:
+    """Benchmark -> what it is given."""
+    short = ["--quick"] if quick else ["--repeats", str(REPEATS), "--threads", str(THREADS)]
+    return {
+        "training_step": ["--only", "minilm", "minilm-packed", "transformers", *short],
+        "generation": short,
+    }
+
+
+def ran(name: str, options: Sequence[str], folder: Path) -> dict[str, Any]:
+    """The record that another benchmark writes."""
+    out = folder / f"{name}.json"
+    command = [sys.executable, str(HERE / f"{name}.py"), *options, "--json", str(out)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    record: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return record
+
+
+def from_steps(record: Mapping[str, Any]) -> dict[str, Spread]:
+    found = record["results"]["cases"][0]["contenders"]
+    return {
+        "step": found["minilm"]["ratio_to_plain"],
+        "packed step": found["minilm-packed"]["ratio_to_plain"],
+        "memory of a step": measuring.spread([found["minilm"]["peak_ratio"]]),
+    }
+
+
+def from_texts(record: Mapping[str, Any]) -> dict[str, Spread]:
+    by_rows = sorted(record["results"], key=lambda one: one["rows"])
+    return {"1 stream": by_rows[0]["times_faster"], "16 streams": by_rows[-1]["times_faster"]}
+
+
+class _Calls(TorchDispatchMode):
+    """Counts the operators that torch is called for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counts(size: str, rows: int, length: int) -> dict[str, Spread]:
+    """What a step of the trainer calls and keeps, on a CPU in float32: the same numbers each time."""
+    layout = Layout(Asked(rows, None, "fp32", "cpu", 1.0, 1))
+    wanted = {"size": size, "rows": rows, "length": length, "threads": torch.get_num_threads()}
+    with torch.random.fork_rng(devices=[]):
+        point = Point(wanted, {"compile": False, "steps": 1}, layout)
+        point.turn()  # makes the optimizer's moments
+        with _Calls() as calls:
+            point.turn()
+        own = {t.untyped_storage()._cdata for t in point.layout.model.parameters()}
+        kept: dict[int, Any] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage  # held, so that no other one gets its number
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            point.turn()
+    num_bytes = sum(storage.nbytes() for number, storage in kept.items() if number not in own)
+    return {
+        "operators": measuring.spread([float(calls.number)]),
+        "kept": measuring.spread([num_bytes / 1e3 / (rows * length)]),
+    }
+
+
+# ---------------------------------------------------------------- judging and telling
+
+
+def judged(now: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each figure that is worse than the best before by more than its allowance."""
+    found = []
+    for figure in FIGURES:
+        best = best_of(figure, now, before)
+        if best is None:
+            continue
+        new, old = (one["figures"][figure.name]["median"] for one in (now, best))
+        lost = 1 - new / old if figure.more_is_better else new / old - 1
+        if lost > figure.allowance:
+            found.append(
+                f"{figure.name}: {new:{figure.form}} is {lost:.0%} worse than {old:{figure.form}} at {best['commit']}"
+            )
+    return found
+
+
+def best_of(
+    figure: Figure, now: Mapping[str, Any], before: Sequence[Mapping[str, Any]]
+) -> Mapping[str, Any] | None:
+    """The line with the best of a figure among those that can be compared with `now`."""
+    known = [
+        one for one in before if figure.name in one["figures"] and _kind(figure, one) == _kind(figure, now)
+    ]
+    pick: Callable[..., Any] = max if figure.more_is_better else min
+    best: Mapping[str, Any] | None = pick(
+        known, key=lambda one: one["figures"][figure.name]["median"], default=None
+    )
+    return best
+
+
+def _kind(figure: Figure, one: Mapping[str, Any]) -> tuple[Any, ...]:
+    torch_version = tuple(one["torch"].split(".")[:2])
+    return torch_version if figure.counted else (torch_version, one["processor"], one["threads"])
+
+
+def section(record: Mapping[str, Any]) -> str:
+    """Its part of docs/performance.md: a line for each commit that was measured."""
+    lines = record["results"]["lines"]
+    worse = judged(lines[-1], lines[:-1])
+    found = "; ".join(worse) if worse else "nothing is worse than it was, beyond what measuring allows"
+    head = ["commit", "date", *(figure.name for figure in FIGURES)]
+    rows = [
+        [
+            str(one["commit"]),
+            one["date"],
+            *(_told(figure, one["figures"].get(figure.name)) for figure in FIGURES),
+        ]
+        for one in lines
+    ]
+    text = (
+        "Times as fast as transformers (a plain training loop, `generate`), memory as a share of that loop's, and of a "
+        "step the operators that torch is called for and the kB a token that are kept for the backward pass: `original:"
+        f"26m`, float32, {lines[-1]['threads']} threads, medians (lowest to highest). A commit with + was changed."
+    )
+    blocks = ["## From commit to commit", f"At the last of {len(lines)} measured commits, {found}.", text]
+    return "\n\n".join([*blocks, measuring.table(head, rows, left=2), f"`{record['command']}`"]) + "\n"
+
+
+def _told(figure: Figure, value: Spread | None) -> str:
+    if value is None:
+        return ""
+    same = value["lowest"] == value["highest"]
+    return f"{value['median']:{figure.form}}" if same else measuring.told(value, figure.form)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
