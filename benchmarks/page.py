@@ -25,6 +25,8 @@ import measuring
 import page_figures
 import page_older
 
+from minilm import models
+
 HERE = Path(__file__).resolve().parent
 PAGE = "performance.md"
 NOTE = "<!-- Made by benchmarks/page.py of benchmarks/results/*.json: change these, not the page. -->"
@@ -129,6 +131,7 @@ def page(records: Mapping[str, Mapping[str, Any]]) -> str:
     others = [Part(name, name.replace("_", " ").capitalize(), "") for name in more]
     for part in [*(part for part in PARTS if part.module in known), *others]:
         files = [name for name, record in records.items() if record["benchmark"] == part.module]
+        files.sort(key=lambda name: _size(records[name]))  # small models first, else as they are called
         if not files:
             command = " ".join(["python", f"benchmarks/{part.module}.py", part.command]).strip()
             blocks.append(f"## {part.title}\n\n{part.question} Not measured yet:\n\n```\n{command}\n```")
@@ -143,6 +146,13 @@ def page(records: Mapping[str, Mapping[str, Any]]) -> str:
     begin = [NOTE, "# Performance", introduction(list(records.values()))]
     begin += [at_a_glance(measured)] if measured else []
     return "\n\n".join(block.strip() for block in begin + blocks) + "\n"
+
+
+def _size(record: Mapping[str, Any]) -> int:
+    """The number of the size that was measured; 0 for benchmarks of several, or of none."""
+    known = models.sizes("original")
+    size = record.get("settings", {}).get("size")
+    return known.index(size) if size in known else 0
 
 
 def at_a_glance(sections: Sequence[str]) -> str:

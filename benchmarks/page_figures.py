@@ -95,7 +95,7 @@ def _scaling(figure: Any, record: Mapping[str, Any]) -> None:
             axes.legend(fontsize=7.5, frameon=False)
         axes.set_xticks(list(places.values()), [str(value) for value in places])
         axes.set_xlim(-0.4, len(places) - 0.6)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.set_xlabel(name, fontsize=8.5)
         _plain(axes, "y")
     for axes in panels[len(axes_names) :]:

@@ -14,6 +14,9 @@ from data_stores import random_documents, small_tokenizer, store_of, texts, writ
 from minilm.data.build import build
 from minilm.data.rows import Rows
 
+# What is measured once serves many tests: they stay on one worker.
+pytestmark = pytest.mark.xdist_group("benchmark_data")
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 

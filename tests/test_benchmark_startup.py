@@ -18,6 +18,9 @@ from minilm import cli
 from minilm.data.build import build
 from minilm.data.tokenizer import Tokenizer
 
+# What is measured once serves many tests: they stay on one worker.
+pytestmark = pytest.mark.xdist_group("benchmark_startup")
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 # What takes a second or more to import, or is not needed by a run on one process that logs to its folder.
