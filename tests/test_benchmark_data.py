@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 import tracemalloc
-from pathlib import Path
 
 import pytest
+from benchmark_modules import imported
 from data_stores import random_documents, small_tokenizer, store_of, texts, write_jsonl
 
 from minilm.data.build import build
@@ -17,19 +15,12 @@ from minilm.data.rows import Rows
 # What is measured once serves many tests: they stay on one worker.
 pytestmark = pytest.mark.xdist_group("benchmark_data")
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
 
 @pytest.fixture(scope="module")
 def data():
     """benchmarks/data.py with the modules beside it, as when it is run; forgotten afterwards."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module("data")
-    sys.path.remove(str(BENCHMARKS))
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
-            del sys.modules[name]
+    with imported("data") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+from benchmark_modules import imported
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("generation")
+def benchmark():
+    with imported("generation") as module:
+        yield module
 
 
 def test_a_quick_run_has_every_figure_and_its_part_of_the_page(benchmark, tmp_path, capsys):

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from benchmark_modules import imported
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-OWN = ("gpu_speed", "step_inside", "scaling", "scaling_worker", "training_step", "training_step_told", "contenders",
-       "children", "parts", "parts_cases", "parts_attention", "parts_optimizers", "whole_tree", "peak",
-       "measuring")  # fmt: skip
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import gpu_speed
-
-    monkeypatch.setattr(gpu_speed.measuring, "ceiling", lambda *a, **k: 1e9)
-    threads = torch.get_num_threads()
-    yield gpu_speed
-    torch.set_num_threads(threads)
-    for name in OWN:
-        sys.modules.pop(name, None)
+    with imported("gpu_speed") as module:
+        monkeypatch.setattr(module.measuring, "ceiling", lambda *a, **k: 1e9)
+        yield module
 
 
 def step(speeds, head_size=64, mfu=0.3):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_modules import imported
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 MACHINE = {
     "processor": "A processor", "cores": 2, "threads": 1, "load_average": [0.25, 0, 0], "accelerator": None,
     "python": "3", "torch": "2", "transformers": "5", "minilm": "0", "date": "2026-01-02",
@@ -19,14 +17,10 @@ MACHINE = {
 
 
 @pytest.fixture
-def page(monkeypatch):
+def page():
     """benchmarks/page.py with the modules beside it, as when it is run; forgotten afterwards."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    yield importlib.import_module("page")
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
-            del sys.modules[name]
+    with imported("page") as module:
+        yield module
 
 
 @pytest.fixture

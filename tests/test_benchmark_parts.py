@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_modules import imported
 from torch.utils.flop_counter import FlopCounterMode
 
 from minilm import models, onednn
 from minilm.models import parts as model_parts
 from minilm.models.attention import resolve
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-OWN = ("parts", "parts_cases", "parts_attention", "parts_optimizers", "peak", "measuring")
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture
 def bench(monkeypatch):
     """The script, with a machine that makes a billion operations and moves a billion bytes a second."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import parts
-
-    monkeypatch.setattr(parts.measuring, "ceiling", lambda *a, **k: 1e9)
-    monkeypatch.setattr(parts.measuring, "bandwidth", lambda *a, **k: 1e9)
-    threads = torch.get_num_threads()
-    yield parts
-    torch.set_num_threads(threads)
-    for name in OWN:
-        sys.modules.pop(name, None)
+    with imported("parts") as module:
+        monkeypatch.setattr(module.measuring, "ceiling", lambda *a, **k: 1e9)
+        monkeypatch.setattr(module.measuring, "bandwidth", lambda *a, **k: 1e9)
+        yield module
 
 
 def shape(*, size="6m", rows=2, length=24, dtype=torch.float32, head_sizes=(16,)):

@@ -6,14 +6,13 @@ import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_modules import BENCHMARKS, imported
 
 from minilm.training.objective import Objective
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 USUAL = {
     "step": 2.0, "packed step": 2.4, "memory of a step": 0.6, "1 stream": 2.4, "16 streams": 2.6, "operators": 900,
     "kept": 60.0,
@@ -23,14 +22,10 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture
-def bench(monkeypatch):
+def bench():
     """benchmarks/regressions.py with the modules beside it, as when it is run; forgotten afterwards."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    yield importlib.import_module("regressions")
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
-            del sys.modules[name]
+    with imported("regressions") as module:
+        yield module
 
 
 def spread(median):

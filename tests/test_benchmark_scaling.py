@@ -11,26 +11,19 @@ import forked
 import psutil
 import pytest
 import torch
+from benchmark_modules import BENCHMARKS, imported
 
 from minilm import models
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-OWN = ("scaling", "scaling_worker", "whole_tree", "peak", "measuring")
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture
 def scaling(monkeypatch):
     """The script, with a machine that makes a billion operations a second."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import scaling
-
-    monkeypatch.setattr(scaling.measuring, "ceiling", lambda *a, **k: 1e9)
-    threads = torch.get_num_threads()
-    yield scaling
-    torch.set_num_threads(threads)
-    for name in OWN:
-        sys.modules.pop(name, None)
+    with imported("scaling") as module:
+        monkeypatch.setattr(module.measuring, "ceiling", lambda *a, **k: 1e9)
+        yield module
 
 
 def recorded(scaling, tmp_path, *given):

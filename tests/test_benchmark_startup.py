@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from benchmark_modules import imported
 from data_stores import small_tokenizer, texts, write_jsonl
 
 from minilm import cli
@@ -22,7 +23,6 @@ from minilm.data.tokenizer import Tokenizer
 pytestmark = pytest.mark.xdist_group("benchmark_startup")
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ROOT / "benchmarks"
 # What takes a second or more to import, or is not needed by a run on one process that logs to its folder.
 HEAVY = {
     "torch",
@@ -42,13 +42,8 @@ NOT_BY_A_START = {"datasets", "deepspeed", "matplotlib", "pandas", "pyarrow", "s
 @pytest.fixture(scope="module")
 def startup():
     """benchmarks/startup.py with the modules beside it, as when it is run; forgotten afterwards."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module("startup")
-    sys.path.remove(str(BENCHMARKS))
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
-            del sys.modules[name]
+    with imported("startup") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

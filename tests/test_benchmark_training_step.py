@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark_modules import BENCHMARKS, imported
 
 from minilm import models
 from minilm.models.hf import to_hf
@@ -24,7 +25,6 @@ from minilm.models.hf import to_hf
 # What is measured once serves many tests: they stay on one worker.
 pytestmark = pytest.mark.xdist_group("benchmark_training_step")
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 PEER = '''
 """A stand-in for nanoGPT: what the adapter asks of it."""
 import dataclasses, os, time
@@ -64,16 +64,8 @@ class GPT(nn.Module):
 @pytest.fixture(scope="module")
 def bench():
     """The modules of benchmarks/, as they import each other when they are run; forgotten afterwards."""
-    threads, before = torch.get_num_threads(), set(sys.modules)
-    sys.path.insert(0, str(BENCHMARKS))
-    import training_step
-
-    yield training_step
-    sys.path.remove(str(BENCHMARKS))
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
-            del sys.modules[name]
-    torch.set_num_threads(threads)
+    with imported("training_step") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

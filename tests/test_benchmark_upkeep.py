@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
-import sys
 import types
-from pathlib import Path
 
 import pytest
+from benchmark_modules import imported
 from training_runs import make_store
 
 from minilm.doctor import watch
 from minilm.doctor.core import passed
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
 
 @pytest.fixture
-def benchmarks(monkeypatch):
-    """Benchmarks import each other as they lie there."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    before = set(sys.modules)
-    yield lambda name: __import__(name)
-    for name in set(sys.modules) - before:
-        if str(BENCHMARKS) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+def benchmarks():
+    """By name; those beside it are found."""
+    with imported("measuring"):
+        yield importlib.import_module
 
 
 def test_upkeep_goes_through_and_its_parts_are_those_of_the_run(benchmarks, tmp_path, capfd):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-import torch
+from benchmark_modules import imported
 
 from minilm.knowledge.store import KnowledgeStore
 
@@ -16,14 +15,9 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture
-def variants(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import variants
-
-    threads = torch.get_num_threads()
-    yield variants
-    torch.set_num_threads(threads)
-    del sys.modules["variants"]
+def variants():
+    with imported("variants") as module:
+        yield module
 
 
 def test_all_is_measured_in_pairs_and_the_store_is_kept(variants, tmp_path, capsys):
