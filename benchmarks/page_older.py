@@ -11,10 +11,10 @@ from measuring import table
 def evaluation_throughput(record: Mapping[str, Any]) -> str:
     """The part of the page for the results of `evaluation_throughput.py --out`."""
     kinds = {"equal": "documents as long as the context", "mixed": "documents of mixed lengths"}
-    said = [f"{record[name]['ratio']:.2f} times with {text}" for name, text in kinds.items()]
+    said = [f"{record[name]['ratio']:.2f} times ({text})" for name, text in kinds.items()]
     same = all(record[name]["same_loss"] for name in kinds)
     text = (
-        f"`minilm.evaluation` scores documents at {' and '.join(said)} the speed of a plain loop with transformers; "
+        f"`minilm.evaluation` scores documents {' and '.join(said)} as fast as a plain loop with transformers; "
         f"{'both have the same loss' if same else '**THE LOSSES DIFFER**'}."
     )
     head = ("documents", "minilm, tokens/s", "transformers, tokens/s", "times as fast", "loss", "loss")

@@ -105,7 +105,7 @@ def test_the_page_tells_what_was_measured_and_what_was_not(page, folders):
     text = (folders[1] / "performance.md").read_text(encoding="utf-8")
     assert "4,321 (3,889 to 5,185)" in text and "2.50 times the plain loop" in text
     assert "litgpt, eager: `No module named 'litgpt' (exit code 1)`" in text
-    assert "2.00 times with documents as long" in text
+    assert "2.00 times (documents as long" in text
     assert "Measured 2026-01-02, A processor, 2 cores, torch 2" in text
     assert "no figure of a GPU" in text
     assert "![Training step: tokens per second](performance_training_step.png)" in text
