@@ -36,6 +36,7 @@ def suits(x: Tensor, weight: Tensor) -> bool:
     """May oneDNN multiply these: float32 in the memory of a CPU, large enough, no autocast, and it is known to work?"""
     return (
         weight.numel() >= SMALLEST_WEIGHT
+        and x.numel() > 0  # it refuses a product without rows
         and weight.is_contiguous()
         and _plain(x)
         and _plain(weight)
@@ -77,7 +78,7 @@ def to_weight(grad: Tensor, x: Tensor) -> Tensor:
     of the two is turned round before.
     """
     out, width = grad.shape[1], x.shape[1]
-    if out * width < SMALLEST_WEIGHT or not (_plain(grad) and _plain(x) and works()):
+    if out * width < SMALLEST_WEIGHT or not (len(x) and _plain(grad) and _plain(x) and works()):
         return grad.T @ x
     if width < out:
         return linear(grad.T, x.T.contiguous()).T

@@ -264,6 +264,13 @@ def test_borders_are_cumulated_lengths_over_all_rows():
     assert known.tolist() == [0, 2, 5, 6, 8, 12]
 
 
+@pytest.mark.parametrize("wrong", [0, 1, 4, 6, 13])
+def test_a_wrong_number_of_documents_is_no_attention_without_the_last_tokens(wrong):
+    segments = torch.tensor([[1, 1, 2, 2, 2, 0], [0, 0, 1, 1, 1, 1]])
+    with pytest.raises(RuntimeError, match="number of documents given is not that of the segments"):
+        attention.borders(segments, 2, 6, torch.device("cpu"), wrong)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=7, max_size=7), min_size=1, max_size=4))
 def test_borders_are_the_same_where_the_number_of_documents_is_known(rows):

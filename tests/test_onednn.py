@@ -66,11 +66,19 @@ def test_a_frozen_factor_gets_no_gradient(frozen, monkeypatch):
         (drawn(3, 256).double(), drawn(256, 256).double()),
         (drawn(3, 256).bfloat16(), drawn(256, 256).bfloat16()),
         (drawn(3, 512), drawn(512, 256).T),  # not in rows
+        (drawn(0, 256), drawn(256, 256)),  # no rows
     ],
 )
 def test_other_tensors_go_to_torch(x, weight, monkeypatch):
     monkeypatch.setattr(onednn, "linear", lambda *_: pytest.fail("oneDNN was called"))
     torch.testing.assert_close(onednn.product(x, weight), F.linear(x, weight), atol=0, rtol=0)
+
+
+def test_a_product_of_no_rows_has_gradients():
+    x, weight = drawn(0, 256).requires_grad_(), drawn(256, 256).requires_grad_()
+    onednn.product(x, weight).sum().backward()
+    assert x.grad.shape == (0, 256) and not weight.grad.any()
+    assert not onednn.to_weight(drawn(0, 256), drawn(0, 512)).any()
 
 
 def test_autocast_decides_the_precision():

@@ -114,7 +114,8 @@ def borders(
     """Where documents begin in the flattened rows, then the end: the `cu_seqlens` of variable-length kernels.
 
     Every row begins a document, so does every change of segment; padding is a document to itself. How many there are
-    is the size of the result: the host has to wait for an accelerator to tell it, or to know (`documents`).
+    is the size of the result: the host has to wait for an accelerator to tell it, or to know (`documents`). RuntimeError
+    where that number is wrong, on an accelerator when it gets there: attention would leave tokens out.
     """
     if segments is None:
         return torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
@@ -125,6 +126,7 @@ def borders(
         first = starts.flatten().nonzero().flatten()
         return F.pad(first, (0, 1), value=rows * length).to(torch.int32)
     begun = starts.flatten().cumsum(0)  # documents so far: the first place with k of them begins the k-th
+    torch._assert_async(begun[-1] == documents, "the number of documents given is not that of the segments")
     return torch.searchsorted(begun, torch.arange(1, documents + 2, device=device), out_int32=True)
 
 

@@ -71,7 +71,6 @@ class Original(nn.Module):
     """model(inputs [B, L], segments, positions, cache) -> Output. Knows nothing of losses."""
 
     takes_entries = False  # does forward want to know which entry each target needs (`Batch.entries`)
-    takes_documents = True  # and how many documents there are (`Batch.documents`)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -34,15 +34,13 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     Computed in bfloat16 on CUDA, as described by its author, and in float32 elsewhere; returned in that type.
     """
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
-    if (
-        x.dim() > 2 and x.is_cpu
-    ):  # one by one, as a CPU would do them anyway: products of two matrices are faster
+    if x.dim() > 2 and x.is_cpu and x.numel():
+        # One by one, as a CPU would do them anyway: for products of two matrices there is a faster way.
         return torch.stack([orthogonalised(one) for one in x.flatten(0, -3)]).view_as(x)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # the smaller of the two Gram matrices
-    x = (
-        x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    ).contiguous()  # largest singular value at most 1
+    # The largest singular value is at most 1.
+    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).contiguous()
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = _squared(x)

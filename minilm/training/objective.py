@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,13 +20,15 @@ class Objective(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        # A model of somebody else, or a variant with a forward of its own, need not know of it.
+        self._tells_documents = "documents" in inspect.signature(type(model).forward).parameters
 
     def forward(self, batch: Batch) -> tuple[Sum, dict[str, Tensor]]:
         """batch [B, L] on the model's device; raises what the model raises for rows that do not fit it."""
         known: dict[str, Any] = {"segments": batch.segments, "positions": batch.positions}
         if getattr(self.model, "takes_entries", False):
             known["entries"] = batch.entries
-        if getattr(self.model, "takes_documents", False):
+        if self._tells_documents:
             known["documents"] = batch.documents
         output = self.model(batch.inputs, **known)
         return score_hidden(output.hidden, self.model.head_weight, batch), dict(output.auxiliary)
