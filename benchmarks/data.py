@@ -284,16 +284,17 @@ def section(record: dict[str, Any]) -> str:
 
 
 def _answer(results: dict[str, Any]) -> str:
-    slowest = min(found["median"] for found in results["loader"]["tokens_per_second"].values())
-    most = results["loader"]["most_tokens_per_second_eaten"]
+    loader = results["loader"]
+    slowest = min(found["median"] for found in loader["tokens_per_second"].values())
     said = [
-        f"One thread of the loader gives at least {slowest / 1e6:,.1f} million tokens/s, {slowest / most:,.0f} times "
-        "what a 26M model could take in here if its step were nothing but matrix products at their best"
+        f"One thread of the loader gives at least {slowest / 1e6:,.1f} million tokens/s, enough for a device that does "
+        f"{slowest * loader['model_flops_per_token'] / 1e12:,.0f} TFLOP/s of a 26M model"
     ]
     for one in results["tokenizing"]:
-        ratio = one["ratio"]["minilm data build"][LIBRARY[0]]["median"]
+        usual, fastest = (one["ratio"]["minilm data build"][name]["median"] for name in LIBRARY)
         said.append(
-            f"a whole build on {one['cores']} core(s) runs at {ratio:.0%} of the `tokenizers` library alone"
+            f"a whole build on {one['cores']} core(s) runs at {fastest:.0%} of the fastest call of the `tokenizers` "
+            f"library alone, at {usual:.0%} of its usual one"
         )
     return "; ".join(said) + "."
 

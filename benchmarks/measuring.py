@@ -159,7 +159,9 @@ def write(
     }
     path = Path(path) if path is not None else RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    whole = path.with_name(f"{path.name}.new")
+    whole.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    whole.replace(path)  # what was there is not lost by a full disk
     return path
 
 

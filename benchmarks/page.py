@@ -219,10 +219,11 @@ Every figure comes from a command of the repository, in one run on one machine, 
 JSON with the machine and the versions; this page is made of these files.
 
 **How it is compared.** Who is compared runs in the same command, with the same shapes, turn by turn: minilm, another,
-minilm again. What else the machine does then meets all. A ratio is that of two neighbours in a turn; told are medians
-with the lowest and the highest. Trainers have a process each, so that one's memory and settings are not another's.
-Where both compute the same, their losses are compared before any time is believed. A floor on paper is what the
-arithmetic and the memory of the same machine allow, measured in the same run, not a data sheet.
+minilm again. What else the machine does then meets all. A ratio is that of two in the same turn (with eight trainers
+they may be half a minute apart); told are medians with the lowest and the highest. Trainers have a process each, so
+that one's memory and settings are not another's. Where both compute the same, their losses are compared before any
+time is believed. A floor on paper is what the arithmetic and the memory of the same machine allow, measured in the same
+run, not a data sheet.
 
 **What it does not say.** {devices} A shared machine moves all figures; ratios less. Nothing here says how well a
 model learns: others may have chosen a slower step on purpose.

@@ -32,7 +32,8 @@ def evaluation_throughput(record: Mapping[str, Any]) -> str:
     given = record["settings"]
     about = (
         f"`original:{given['size']}`, context {given['context']}, batches of {given['batch_rows']} rows, "
-        f"{given['threads']} thread(s) on {given['device']}; the best of {given['repeats']} turns of each, by seconds "
+        f"{given['threads']} thread(s) on {given['device']}; mixed lengths are batched by length here, and as "
+        f"they come in the plain loop, which pads them; the best of {given['repeats']} turns of each, by seconds "
         f"{record['equal']['seconds_are']}."
     )
     command = "```\npython benchmarks/evaluation_throughput.py --out FILE\n```"

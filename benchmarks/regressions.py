@@ -1,8 +1,9 @@
 """Has something become slower? A few ratios to transformers and counts of a step, kept from commit to commit.
 
-    python benchmarks/regressions.py             measure, hold it against what was reached, add a line: four minutes
-    python benchmarks/regressions.py --check     the same, but write nothing
-    python benchmarks/regressions.py --quick     tiny models, to see that it works; writes nothing
+    python benchmarks/regressions.py                     compare with what was reached, add a line: four minutes
+    python benchmarks/regressions.py --check             the same, but write nothing
+    python benchmarks/regressions.py --accept "WHY"      what is worse now is meant: later lines begin here
+    python benchmarks/regressions.py --quick             tiny models, to see that it works; compares and writes nothing
 
 Seconds cannot be compared between two days; ratios to another program on the same machine can, and counts always:
 
@@ -12,9 +13,11 @@ Seconds cannot be compared between two days; ratios to another program on the sa
     operators              that a step calls in torch: forward, backward, update
     kept                   kB a token that the forward pass keeps for the backward pass
 
-Held against the best line before, of the same processor, threads and minor version of torch (counts: of torch alone).
-Exit code 1 if a figure is worse than that by more than its allowance (`FIGURES`). Measure on a quiet machine, and
-commit the line together with what changed it.
+Compared are lines since the last accepted one: ratios of the same processor, threads and minor versions of torch and
+transformers, counts of the same torch, with oneDNN's products or without. A figure is held against the second best of
+them (the best of many is a lucky one; where there is one line, against that). It is worse if its median is, by more
+than its allowance (`FIGURES`), and even its best reading is. Everything is measured on the CPU. Exit code 1 if a
+figure is worse, 2 if it could not be measured. Measure on a quiet machine, and commit the line with what changed it.
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import measuring
 import torch
@@ -35,6 +38,7 @@ from scaling_worker import Point
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minilm import onednn
 from minilm.training.layout import Asked, Layout
 
 HERE = Path(__file__).resolve().parent
@@ -42,13 +46,17 @@ THREADS, REPEATS = 2, 5
 Spread = dict[str, float]
 
 
+class NotMeasured(Exception):
+    """Why there are no figures; the text is for the reader."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """What is kept of a commit.
 
     more_is_better  or less
-    allowance       the share by which it may be worse than the best before
-    counted         the same on every machine
+    allowance       the share by which it may be worse than before
+    counted         it depends on torch and on the ways that are taken, not on the machine's speed
     """
 
     name: str
@@ -71,24 +79,21 @@ FIGURES = (
 
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
-    before = lines_of(args.json)
     try:
-        now = line(measured(args.quick))
-    except subprocess.CalledProcessError as error:
-        print(
-            f"error: {Path(error.cmd[1]).name} ended with {error.returncode}: nothing is kept.",
-            file=sys.stderr,
-        )
+        before = [] if args.quick else lines_of(args.json)
+        now = line(measured(args.quick), args.accept)
+    except NotMeasured as error:
+        print(f"error: {error}. Nothing is kept.", file=sys.stderr)
         return 2
     lines = [*before, now]
-    worse = judged(now, before)
     print(section({"results": {"lines": lines}, "command": "python benchmarks/regressions.py"}))
     if not (args.check or args.quick):
         settings = {"threads": THREADS, "repeats": REPEATS}
         print(f"wrote {measuring.write('regressions', settings, {'lines': lines}, args.json, argv=[])}")
+    worse = judged(now, before).worse
     for sentence in worse:
-        print(f"WORSE: {sentence}", file=sys.stderr)
-    return 1 if worse else 0
+        print(f"WORSE{', accepted' if args.accept else ''}: {sentence}", file=sys.stderr)
+    return 1 if worse and not args.accept else 0
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -96,7 +101,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--quick", action="store_true", help="tiny models; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="tiny models; compares and writes nothing")
+    parser.add_argument("--accept", metavar="WHY", help="begin anew: why what is worse is meant")
     parser.add_argument(
         "--json",
         type=Path,
@@ -108,25 +114,29 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    """The lines that were kept, the oldest first; none where there is no file."""
+    """The lines that were kept, the oldest first; none where there is no file. NotMeasured for a torn one."""
     if not path.is_file():
         return []
-    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"]["lines"]
+    try:
+        found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"]["lines"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise NotMeasured(f"{path} has no lines ({error}); take it back from the last commit") from error
     return found
 
 
-def line(figures: Mapping[str, Spread]) -> dict[str, Any]:
-    """The figures with the commit and the machine."""
+def line(figures: Mapping[str, Spread], accepted: str | None = None) -> dict[str, Any]:
+    """The figures with the commit and the machine; `accepted`: why they may be worse than those before."""
     machine = measuring.machine()
-    kept = ("commit", "date", "processor", "cores", "accelerator", "torch", "transformers", "load_average")
-    return {**{key: machine[key] for key in kept}, "threads": THREADS, "figures": dict(figures)}
+    kept = ("commit", "date", "processor", "cores", "torch", "transformers", "load_average")
+    facts = {key: machine[key] for key in kept} | {"threads": THREADS, "onednn": onednn.works()}
+    return {**facts, **({"accepted": accepted} if accepted else {}), "figures": dict(figures)}
 
 
 # ---------------------------------------------------------------- measuring
 
 
 def measured(quick: bool) -> dict[str, Spread]:
-    """Name of a figure -> median, lowest and highest. CalledProcessError where a benchmark fails: nothing is kept."""
+    """Name of a figure -> median, lowest and highest. NotMeasured where a benchmark fails."""
     with tempfile.TemporaryDirectory() as folder:
         steps, texts = (ran(name, options, Path(folder)) for name, options in commands(quick).items())
     size, rows, length = ("tiny", 2, 32) if quick else ("26m", 2, 128)
@@ -137,7 +147,7 @@ def commands(quick: bool) -> dict[str, list[str]]:
     """Benchmark -> what it is given."""
     short = ["--quick"] if quick else ["--repeats", str(REPEATS), "--threads", str(THREADS)]
     return {
-        "training_step": ["--only", "minilm", "minilm-packed", "transformers", *short],
+        "training_step": ["--device", "cpu", "--only", "minilm", "minilm-packed", "transformers", *short],
         "generation": short,
     }
 
@@ -146,13 +156,17 @@ def ran(name: str, options: Sequence[str], folder: Path) -> dict[str, Any]:
     """The record that another benchmark writes."""
     out = folder / f"{name}.json"
     command = [sys.executable, str(HERE / f"{name}.py"), *options, "--json", str(out)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    code = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
+    if code:
+        raise NotMeasured(f"{name}.py ended with {code}")
     record: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return record
 
 
 def from_steps(record: Mapping[str, Any]) -> dict[str, Spread]:
     found = record["results"]["cases"][0]["contenders"]
+    if failed := [f"{one['label']}: {one['failed']}" for one in found.values() if "failed" in one]:
+        raise NotMeasured("; ".join(failed))
     return {
         "step": found["minilm"]["ratio_to_plain"],
         "packed step": found["minilm-packed"]["ratio_to_plain"],
@@ -206,46 +220,50 @@ def counts(size: str, rows: int, length: int) -> dict[str, Spread]:
 # ---------------------------------------------------------------- judging and telling
 
 
-def judged(now: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence for each figure that is worse than the best before by more than its allowance."""
-    found = []
+class Judgement(NamedTuple):
+    """compared: names of figures that had a line to be held against; worse: a sentence for each that is worse."""
+
+    compared: list[str]
+    worse: list[str]
+
+
+def judged(now: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -> Judgement:
+    """Hold a line against those before it, the oldest first."""
+    begun = max((number for number, one in enumerate(before) if "accepted" in one), default=0)
+    found = Judgement([], [])
     for figure in FIGURES:
-        best = best_of(figure, now, before)
-        if best is None:
+        known = [one for one in before[begun:] if _kind(figure, one) == _kind(figure, now)]
+        known = [one for one in known if figure.name in one["figures"]]
+        if not known:
             continue
-        new, old = (one["figures"][figure.name]["median"] for one in (now, best))
-        lost = 1 - new / old if figure.more_is_better else new / old - 1
-        if lost > figure.allowance:
-            found.append(
-                f"{figure.name}: {new:{figure.form}} is {lost:.0%} worse than {old:{figure.form}} at {best['commit']}"
+        found.compared.append(figure.name)
+        known.sort(key=lambda one: one["figures"][figure.name]["median"], reverse=figure.more_is_better)
+        reference = known[min(1, len(known) - 1)]
+        new, old = now["figures"][figure.name], reference["figures"][figure.name]["median"]
+        lost = _lost(figure, new["median"], old)
+        at_best = _lost(figure, new["highest" if figure.more_is_better else "lowest"], old)
+        if not (lost <= figure.allowance or at_best <= 0):  # so that what is no number is worse than any
+            found.worse.append(
+                f"{figure.name}: {new['median']:{figure.form}} is {lost:.0%} worse than {old:{figure.form}} at "
+                f"{reference['commit']}"
             )
     return found
 
 
-def best_of(
-    figure: Figure, now: Mapping[str, Any], before: Sequence[Mapping[str, Any]]
-) -> Mapping[str, Any] | None:
-    """The line with the best of a figure among those that can be compared with `now`."""
-    known = [
-        one for one in before if figure.name in one["figures"] and _kind(figure, one) == _kind(figure, now)
-    ]
-    pick: Callable[..., Any] = max if figure.more_is_better else min
-    best: Mapping[str, Any] | None = pick(
-        known, key=lambda one: one["figures"][figure.name]["median"], default=None
-    )
-    return best
+def _lost(figure: Figure, new: float, old: float) -> float:
+    return 1 - new / old if figure.more_is_better else new / old - 1
 
 
 def _kind(figure: Figure, one: Mapping[str, Any]) -> tuple[Any, ...]:
-    torch_version = tuple(one["torch"].split(".")[:2])
-    return torch_version if figure.counted else (torch_version, one["processor"], one["threads"])
+    """What must be the same in two lines that are compared."""
+    torch_version, transformers = (tuple(one[name].split(".")[:2]) for name in ("torch", "transformers"))
+    ways = (torch_version, one["onednn"])
+    return ways if figure.counted else (*ways, transformers, one["processor"], one["cores"], one["threads"])
 
 
 def section(record: Mapping[str, Any]) -> str:
     """Its part of docs/performance.md: a line for each commit that was measured."""
     lines = record["results"]["lines"]
-    worse = judged(lines[-1], lines[:-1])
-    found = "; ".join(worse) if worse else "nothing is worse than it was, beyond what measuring allows"
     head = ["commit", "date", *(figure.name for figure in FIGURES)]
     rows = [
         [
@@ -260,8 +278,19 @@ def section(record: Mapping[str, Any]) -> str:
         "step the operators that torch is called for and the kB a token that are kept for the backward pass: `original:"
         f"26m`, float32, {lines[-1]['threads']} threads, medians (lowest to highest). A commit with + was changed."
     )
-    blocks = ["## From commit to commit", f"At the last of {len(lines)} measured commits, {found}.", text]
-    return "\n\n".join([*blocks, measuring.table(head, rows, left=2), f"`{record['command']}`"]) + "\n"
+    blocks = ["## From commit to commit", _found(lines), text, measuring.table(head, rows, left=2)]
+    meant = [f"- {one['commit']} was accepted: {one['accepted']}" for one in lines if "accepted" in one]
+    return "\n\n".join([*blocks, *(["\n".join(meant)] if meant else []), f"`{record['command']}`"]) + "\n"
+
+
+def _found(lines: Sequence[Mapping[str, Any]]) -> str:
+    where = "the one measured commit" if len(lines) == 1 else f"the last of {len(lines)} measured commits"
+    compared, worse = judged(lines[-1], lines[:-1])
+    if worse:
+        return f"At {where}, {'; '.join(worse)}."
+    if not compared:
+        return f"At {where} nothing could be compared: no earlier one was measured in the same way."
+    return f"At {where}, none of the {len(compared)} figures that can be compared is worse than before."
 
 
 def _told(figure: Figure, value: Spread | None) -> str:

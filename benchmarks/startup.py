@@ -247,14 +247,15 @@ def section(record: dict[str, Any]) -> str:
         "of it the step",
         "of it a validation",
     ]
-    name, first = next(iter(results["starts"].items()))
+    (name, first), *rest = results["starts"].items()
     shape = f"{settings['size']}, batches of {settings['rows']} x {settings['length']} tokens"
     floor = results["floors"][OF_TORCH]
     blocks = [
         "## Start",
         f"From launch to the first step it takes {first['start']['median']:.1f} s ({name}; {shape}, "
-        f"{settings['threads']} thread(s), everything built). Python with torch and an optimizer, and nothing of "
-        f"ours, takes {floor['median']:.1f} s.",
+        f"{settings['threads']} thread(s), everything built), "
+        + "; ".join(f"{one['start']['median']:.1f} s with {name}" for name, one in rest)
+        + f". A process that imports torch and makes an optimizer in the usual way takes {floor['median']:.1f} s.",
         measuring.table(head, rows),
         "What nobody can leave out, in processes that do nothing of ours (train.py imports torch without Python's "
         "garbage collector, and so in less time than they), and the pages of help:",

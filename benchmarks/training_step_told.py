@@ -72,12 +72,18 @@ def _legend(record: Mapping[str, Any]) -> str:
     limit, compared = record["results"]["gap_limit"], record["results"]["compared_steps"]
     turns, steps = record["settings"]["repeats"], record["settings"]["steps_per_turn"]
     cpu = record["settings"]["device"] == "cpu"
+    names = {name for case in record["results"]["cases"] for name in case["contenders"]}
+    malloc = ""
+    if any(name.endswith("-malloc") for name in names):
+        malloc = (
+            " Lines with malloc settings are no peers: their allocator keeps freed memory, as a run of minilm does by "
+            "itself, and they show which part of the gain comes from that alone."
+        )
     return (
         f"Medians of {turns} turns of {steps} step{'s' if steps > 1 else ''} (lowest to highest). Ratios are of "
         "neighbours in the same turn: times as fast as the plain loop of transformers (eager, SDPA), and as the "
-        "fastest contender that is not minilm; the line with malloc settings is no peer, it shows which part of the "
-        "gain comes from them alone. *Of ceiling* is the model's own operations per second as a share of the best "
-        "matrix product that was found in the same run. *Peak* is the most that the process ever had"
+        f"fastest contender that is not minilm.{malloc} *Of ceiling* is the model's own operations per second as a "
+        "share of the best matrix product that was found in the same run. *Peak* is the most that the process ever had"
         f"{', libraries included' if cpu else ' from the allocator'}; beside it, that as a multiple of the plain "
         "loop's. *Compile* are the seconds by which the first step is longer, with an empty cache; *again* is what was "
         "compiled after the two uncounted steps. The *loss gap* is the largest difference to the loss of the plain "

@@ -270,8 +270,16 @@ def test_the_formulas_of_the_optimizers_are_theirs(bench):
 
 def test_the_answer_counts_and_names_the_farthest(bench):
     def case(name, ours, plain, floor):
-        ways = {way: {"seconds": {"median": s}} for way, s in (("minilm", ours), ("torch", plain))}
-        return {"part": "block", "case": name, "ours": "minilm", "plain": "torch",
+        found = {
+            "minilm": ours,
+            "minilm, slowly": 0.1,
+            "torch": plain,
+            "torch, another thing": 0.1,
+            "compiled": 2.5,
+        }
+        ways = {way: {"seconds": {"median": s}} for way, s in found.items()}
+        errors = {way: {"value": 1.0 if way == "torch, another thing" else 1e-6} for way in ways}
+        return {"part": "block", "case": name, "ours": "minilm", "errors": errors, "tolerance": 1e-3,
                 "passes": {"forward + backward": ways},
                 "floors": {"forward + backward": {"seconds": floor}}}  # fmt: skip
 
@@ -279,6 +287,7 @@ def test_the_answer_counts_and_names_the_farthest(bench):
         [case("one", 1.0, 2.0, 0.5), case("two", 3.0, 2.0, 0.1), case("three", 1.0, 9.0, 1.0)]
     )
     assert said.startswith("In 2 of 3 cases") and "block (two), at 30.0 times" in said
+    assert "(not: two: torch, 0.67 of the time)" in said
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,13 +28,19 @@ def bench():
 
 
 def spread(median):
-    return {"median": median, "lowest": 0.9 * median, "highest": 1.1 * median}
+    return {"median": median, "lowest": 0.97 * median, "highest": 1.02 * median}
 
 
-def line(commit="abc", processor="A processor", torch="2.13.0+cpu", threads=2, **figures):
+MACHINE = {
+    "processor": "A processor", "cores": 2, "threads": 2, "torch": "2.13.0+cpu", "transformers": "5.23.0",
+    "onednn": True, "date": "2026-01-02",
+}  # fmt: skip
+
+
+def line(commit="abc", machine=None, accepted=None, **figures):
     found = {name: spread(value) for name, value in (USUAL | figures).items()}
-    machine = {"processor": processor, "torch": torch, "threads": threads, "date": "2026-01-02"}
-    return {"commit": commit, **machine, "figures": found}
+    meant = {"accepted": accepted} if accepted else {}
+    return {"commit": commit, **MACHINE, **(machine or {}), **meant, "figures": found}
 
 
 # ---------------------------------------------------------------- measuring
@@ -85,26 +90,61 @@ def test_the_other_benchmarks_understand_what_they_are_given(bench, quick):
 # ---------------------------------------------------------------- judging
 
 
-def test_what_is_worse_than_the_best_before_is_told(bench):
-    before = [line("old", step=2.1, operators=800), line("best", step=2.5), line("last", step=2.0)]
-    assert bench.judged(line(step=2.31, operators=807), before) == []
-    assert bench.judged(line(step=2.2, operators=800), before) == [
-        "step: 2.20 is 12% worse than 2.50 at best"
+def test_what_is_worse_than_before_is_told(bench):
+    before = [
+        line("old", step=2.4, operators=800),
+        line("lucky", step=2.5, operators=790),
+        line("last", step=2.0),
     ]
-    assert bench.judged(line(step=2.5, operators=820), before) == [
-        "operators: 820 is 2% worse than 800 at old"
+
+    def worse(**figures):
+        return bench.judged(line(**figures), before).worse
+
+    assert len(bench.judged(line(), before).compared) == len(bench.FIGURES)
+    assert worse(step=2.22, operators=807) == []
+    assert worse(step=2.16, operators=800) == ["step: 2.16 is 10% worse than 2.40 at old"]
+    assert worse(step=2.4, operators=830) == ["operators: 830 is 4% worse than 800 at old"]
+    assert worse(**{"step": 2.4, "memory of a step": 0.7, "operators": 800}) == [
+        "memory of a step: 0.70 is 17% worse than 0.60 at lucky"
     ]
-    worse = bench.judged(line(**{"step": 2.5, "memory of a step": 0.7, "operators": 800}), before)
-    assert worse == ["memory of a step: 0.70 is 17% worse than 0.60 at old"]
+    assert worse(step=float("nan"), operators=800)[0].startswith("step: nan")
 
 
-def test_only_counts_are_compared_with_another_machine(bench):
+def test_a_figure_that_was_once_as_good_as_before_is_noise(bench):
+    now = line()
+    now["figures"]["step"] = {"median": 1.8, "lowest": 1.7, "highest": 2.01}
+    assert bench.judged(now, [line(step=2.0)]).worse == []
+    now["figures"]["step"]["highest"] = 1.99
+    assert len(bench.judged(now, [line(step=2.0)]).worse) == 1
+
+
+def test_a_slow_drift_is_told_and_what_is_accepted_is_no_longer_compared(bench):
+    lines, told = [], []
+    for number in range(6):
+        told.append(bool(bench.judged(now := line(f"c{number}", step=2.0 * 0.965**number), lines).worse))
+        lines.append(now)
+    assert told == [False, False, False, False, True, True]
+    lines.append(line("meant", accepted="a check more", step=1.5))
+    assert bench.judged(line(step=1.5), lines).worse == []
+    assert bench.judged(line(step=1.3), lines).worse == ["step: 1.30 is 13% worse than 1.50 at meant"]
+
+
+@pytest.mark.parametrize(
+    "other", [{"processor": "Another"}, {"threads": 1}, {"cores": 4}, {"transformers": "5.24.0"}]
+)
+def test_only_counts_are_compared_with_another_machine(bench, other):
     slow = {"step": 1.0, "1 stream": 1.0, "memory of a step": 1.0}
-    for other in ({"processor": "Another"}, {"threads": 1}):
-        assert bench.judged(line(**slow), [line(**other)]) == []
-        assert len(bench.judged(line(kept=70.0, **slow), [line(**other)])) == 1
-    assert bench.judged(line(kept=70.0, **slow), [line(torch="2.14.1")]) == []
-    assert bench.judged(line(), []) == []
+    compared, worse = bench.judged(line(kept=70.0, **slow), [line(machine=other)])
+    assert compared == ["operators", "kept"] and len(worse) == 1
+
+
+@pytest.mark.parametrize("other", [{"torch": "2.14.1"}, {"onednn": False}])
+def test_where_nothing_can_be_compared_nobody_says_that_all_is_well(bench, other):
+    lines = [line(machine=other), line(kept=70.0, step=1.0)]
+    assert bench.judged(lines[1], lines[:1]) == ([], [])
+    text = bench.section({"results": {"lines": lines}, "command": "x"})
+    assert "nothing could be compared" in text and "worse" not in text
+    assert "nothing could be compared" in bench.section({"results": {"lines": lines[:1]}, "command": "x"})
 
 
 def test_a_line_is_added_and_a_worse_one_is_told(bench, monkeypatch, tmp_path, capsys):
@@ -116,19 +156,29 @@ def test_a_line_is_added_and_a_worse_one_is_told(bench, monkeypatch, tmp_path, c
     assert bench.main(["--json", str(path)]) == 0
     figures["step"] = spread(1.5)
     assert bench.main(["--json", str(path)]) == 1
-    lines = json.loads(path.read_text())["results"]["lines"]
-    assert [one["figures"]["step"]["median"] for one in lines] == [2.0, 1.5]
-    assert "commit" in lines[0] and lines[0]["threads"] == 2
     said = capsys.readouterr()
     assert "WORSE: step: 1.50 is 25% worse than 2.00" in said.err
-    assert "| 1.50 (1.35 to 1.65) |" in said.out and "| 900 |" not in said.out
+    assert (
+        "| 1.50 (1.46 to 1.53) |" in said.out and "At the last of 2 measured commits, step: 1.50" in said.out
+    )
+    figures["step"] = spread(1.4)
+    assert bench.main(["--json", str(path), "--accept", "one check more"]) == 0
+    lines = json.loads(path.read_text())["results"]["lines"]
+    assert [one["figures"]["step"]["median"] for one in lines] == [2.0, 1.5, 1.4]
+    assert {"commit", "transformers", "onednn"} <= set(lines[0]) and lines[0]["threads"] == 2
+    assert "was accepted: one check more" in capsys.readouterr().out
+    assert bench.main(["--json", str(path), "--quick"]) == 0
+    assert len(json.loads(path.read_text())["results"]["lines"]) == 3 and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_benchmark_that_fails_leaves_no_line(bench, monkeypatch, tmp_path, capsys):
-    def failing(*_, **__):
-        raise subprocess.CalledProcessError(1, [sys.executable, str(BENCHMARKS / "training_step.py")])
-
-    monkeypatch.setattr(bench.subprocess, "run", failing)
+    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=3))
     assert bench.main(["--json", str(tmp_path / "lines.json")]) == 2
-    assert "training_step.py ended with 1: nothing is kept" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert "training_step.py ended with 3. Nothing is kept" in capsys.readouterr().err
+    with pytest.raises(bench.NotMeasured, match=r"minilm, eager: no memory"):
+        one = {"label": "minilm, eager", "failed": "no memory"}
+        bench.from_steps({"results": {"cases": [{"contenders": {"minilm": one}}]}})
+    (tmp_path / "lines.json").write_text('{"results": ')
+    assert bench.main(["--json", str(tmp_path / "lines.json")]) == 2
+    assert "lines.json has no lines" in capsys.readouterr().err
+    assert (tmp_path / "lines.json").read_text() == '{"results": '

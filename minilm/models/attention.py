@@ -114,8 +114,8 @@ def borders(
     """Where documents begin in the flattened rows, then the end: the `cu_seqlens` of variable-length kernels.
 
     Every row begins a document, so does every change of segment; padding is a document to itself. How many there are
-    is the size of the result: the host has to wait for an accelerator to tell it, or to know (`documents`). RuntimeError
-    where that number is wrong, on an accelerator when it gets there: attention would leave tokens out.
+    is the size of the result: the host has to wait for an accelerator to tell it, or to know (`documents`). Where that
+    number is wrong, attention would leave tokens out: RuntimeError, on an accelerator when it gets there.
     """
     if segments is None:
         return torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)

@@ -41,6 +41,7 @@ from minilm.models.memory_usage import collected, usage_columns
 from minilm.models.no_ffn import NoFFN
 from minilm.models.original import Original
 from minilm.models.parts import SwiGLU
+from minilm.models.reading import projected
 from minilm.models.retrieval import RetrievalShape, SubKeys
 
 
@@ -125,7 +126,10 @@ class Knowledge(Original):
         if self.store is None:
             return shared
         config, store = self.config, self.store.to(inputs.device)
-        table = store.token_codes()
+        table, own = store.token_codes(), self.embedding.weight
+        layers = [block.memory for block in self.blocks if isinstance(block, ReadsMemory)]
+        weights = [weight for layer in layers for weight in (layer.key, layer.value)]
+        tables = projected(own, weights, len(layers), config.norm_eps)
         if shared.cache is None:
             codes = codes_of(table, inputs, segments, config.window, config.window_decay)
         else:
@@ -134,7 +138,8 @@ class Knowledge(Original):
             **{f.name: getattr(shared, f.name) for f in dataclasses.fields(shared)},
             store=store,
             keys=self.keys,
-            embedding=_normed(self.embedding.weight, config.norm_eps),
+            embedding=_normed(own, config.norm_eps) if tables is None else None,
+            tables=None if tables is None else dict(zip(layers, tables, strict=True)),
             codes=codes,
             needed=None if entries is None else slots_of(entries, store),
             drawn=drawn(inputs, _given(segments, inputs), store) if self._draws(shared) else None,

@@ -16,6 +16,7 @@ Nothing else in that path starts at zero: with a gate of zero besides, no gradie
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from minilm.knowledge.store import KnowledgeStore
 from minilm.models.attention import Plan
 from minilm.models.base import ModelConfig
 from minilm.models.parts import AttentionBlock, Block, RMSNorm
+from minilm.models.reading import read
 from minilm.models.retrieval import RetrievalShape, Retrieved, Retriever, SubKeys
 from minilm.onednn import product
 
@@ -37,7 +39,8 @@ class MemoryPlan(Plan):
 
     store      on the model's device
     keys       the sub-keys of the grid
-    embedding  [V, D] the model's own table, each row normed
+    embedding  [V, D] the model's own table, each row normed; None where there are `tables`
+    tables     of each memory layer: keys and values of all tokens [V, 2 d], or None: the layer makes them
     codes      [B, L, code_dim] content of the last tokens of each token's document, itself included
     drawn      codes [M, code_dim] that ask for entries drawn by lot and their slots [M], or None
     needed     [B, L] slot that each token needs, -1 where unknown, or None
@@ -48,6 +51,7 @@ class MemoryPlan(Plan):
     store: KnowledgeStore | None = None
     keys: SubKeys | None = None
     embedding: Tensor | None = None
+    tables: Mapping[MemoryLayer, Tensor] | None = None
     codes: Tensor | None = None
     drawn: tuple[Tensor, Tensor] | None = None
     needed: Tensor | None = None
@@ -147,30 +151,29 @@ class MemoryLayer(nn.Module):
 
     def _read(self, states: Tensor, found: Retrieved, plan: MemoryPlan) -> tuple[Tensor, Tensor]:
         """States [N, D] -> what each head read [N, heads, head_dim], and the attention [N, heads, m x W + 1]."""
-        store, table = plan.store, plan.embedding
-        assert store is not None and table is not None
+        store = plan.store
+        assert store is not None
         queries = product(states, self.query).unflatten(-1, (self.heads, self.head_dim))
         queries = queries / math.sqrt(self.head_dim)
         ids = store.ids[found.slots].long()  # [N, m, W]
-        # Keys and values in one look-up: its backward pass sorts the ids, which costs more than the sums.
-        table = product(table, torch.cat((self.key, self.value)))  # [V, 2 d]
-        keys, values = F.embedding(ids, table).chunk(2, dim=-1)  # [N, m, W, d]
-        # Positions are added to the products, which are smaller than keys and values: q (k + p) = q k + q p.
-        positions = queries @ self.key_positions.to(queries.dtype).T  # [N, heads, W]
-        scores = torch.einsum("nhd,nmwd->nhmw", queries, keys) + positions.unsqueeze(2)
         width = torch.arange(ids.shape[-1], device=ids.device)
         there = width < store.lengths[found.slots].unsqueeze(-1)  # [N, m, W]
+        bias = found.scores.unsqueeze(-1).masked_fill(~there, -math.inf)
+        # Positions are added to the products, which are smaller than keys and values: q (k + p) = q k + q p.
+        positions = queries @ self.key_positions.to(queries.dtype).T  # [N, heads, W]
         # In float32: a difference of two biases of 20 would be lost in 16 bits.
-        scores = scores.to(found.scores.dtype) + found.scores[:, None, :, None]
-        scores = scores.masked_fill(~there.unsqueeze(1), -math.inf)
         null = torch.einsum("nhd,d->nh", queries, self.null_key.to(queries.dtype))
-        null = null.to(scores.dtype) + self.null_bias
-        attended = torch.cat((scores.flatten(2), null.unsqueeze(-1)), dim=-1).softmax(dim=-1)
-        of_entries, of_null = attended.to(values.dtype).split([scores[0, 0].numel(), 1], dim=-1)
-        mixed = torch.einsum("nhs,nsd->nhd", of_entries, values.flatten(1, 2))
-        of_positions = of_entries.unflatten(-1, scores.shape[2:]).sum(dim=2)  # [N, heads, W]
+        null = null.to(bias.dtype) + self.null_bias
+        mixed, of_positions, of_null, attended = read(queries, self._table(plan), ids, bias, positions, null)
         mixed = mixed + of_positions.to(mixed.dtype) @ self.value_positions.to(mixed.dtype)
         return mixed + of_null * self.null_value.to(mixed.dtype), attended
+
+    def _table(self, plan: MemoryPlan) -> Tensor:
+        """Keys and values of all tokens, [V, 2 d]."""
+        if plan.tables is not None:
+            return plan.tables[self]
+        assert plan.embedding is not None
+        return product(plan.embedding, torch.cat((self.key, self.value)))
 
 
 def _known(found: Retrieved, labels: Tensor | None) -> Retrieved:

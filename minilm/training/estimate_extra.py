@@ -9,11 +9,12 @@ num_read, W = store_width, C = store_code_dim, R = router_dim, K = key_dim, S = 
     candidates        4 k C: their codes, gathered and widened; 24 min(k, S) and about 24 k for places and gates
     index loss        at every fourth position, for the entry drawn: 8 R + 16 K + 16 S
     retrieval losses  at positions whose entry is known, all of the above up to candidates once more, and 8 S + 5 k
-    reading           2 c e m W: keys and values, gathered; 9 m W for ids and lengths; 4 h (m W + 1) for the softmax,
-                      2 h (m W + 1) for its rounded copy where c is 2, and c h W for its sums over the entries; 3 c h e
-                      for queries, what was read, and what was gated
+    reading           2 c e m W: keys and values, gathered (none where `models.reading` runs: float32 on a CPU); 9 m W
+                      for ids and lengths; 4 h (m W + 1) for the softmax, 2 h (m W + 1) for its rounded copy where c is
+                      2, and c h W for its sums over the entries; 3 c h e for queries, what was read, and what was gated
 
-Once, not per position: the normed embedding, the sub-keys of each layer, and weights that were rounded or widened.
+Once, not per position: the normed embedding, or where `models.reading` runs its product with all keys and values; the
+sub-keys of each layer, and weights that were rounded or widened.
 
 A table of values (h = value_heads, K = value_key_dim, t = top_values): queries are normed in float32, so 16 h K before
 and after it; 32 h t for places and 4 h t for weights; and four vectors of D around the gate.
@@ -99,12 +100,16 @@ def _reading(config: Any, case: Case) -> float:
 
 def _gathered(config: Any, case: Case) -> float:
     """Keys and values of the tokens that one position reads. Their gradient is as large, and made in two halves."""
+    if case.fused:
+        return 0.0  # both are there for some positions at a time
     return float(2 * case.c * config.memory_head_dim * config.num_read * config.store_width)
 
 
 def _of_embedding(config: Any, case: Case) -> float:
-    """The normed table that keys and values come from."""
+    """The normed table that keys and values come from; where it is not made, the keys and values of all tokens."""
     cells, scales = config.vocab_size * config.dim, _WIDE * config.vocab_size
+    if case.fused:
+        return float(len(config.layers) * _WIDE * 2 * config.memory_head_dim * config.vocab_size + scales)
     if case.autocast:
         return float(len(config.layers) * case.c * cells + scales)  # rounded anew for each layer
     return float(
