@@ -9,7 +9,7 @@ import torch
 
 from minilm import models, onednn
 from minilm.errors import ConfigError
-from minilm.models import attention, fused, parts
+from minilm.models import attention, fused, parts, reading
 from minilm.training import paths
 
 CPU = SimpleNamespace(device_type="cpu", device=torch.device("cpu"), bf16=False)
@@ -67,6 +67,19 @@ def test_what_is_named_is_what_runs(layout, changes, kept, monkeypatch):
     assert named["products"] == ("oneDNN" if seen["oneDNN"] else "torch")
     assert named["norm, rotation, SwiGLU"] == ("fused" if seen["fused"] else "torch")
     assert named["freed memory"] == "kept" and kept == [1]
+
+
+@pytest.mark.parametrize("layout", [CPU, BF16], ids=["fp32", "bf16"])
+def test_how_a_memory_is_read_is_named(layout, kept, monkeypatch):
+    config = models.preset("knowledge", "tiny", store="random")
+    seen, formula = [], reading.formula
+    monkeypatch.setattr(reading, "formula", lambda *given: seen.append(1) or formula(*given))
+    taken(monkeypatch, config, bf16=layout.bf16)
+    named = paths.take(config, layout, compiled=False)["reading of entries"]
+    assert named == ("at once" if seen else "in parts")
+    assert paths.take(config, layout, compiled=True)["reading of entries"] == "at once"
+    without = models.preset("knowledge", "tiny", memory="none")
+    assert "reading of entries" not in paths.take(without, layout, compiled=False)
 
 
 def test_what_is_missing_is_not_named(kept, monkeypatch):

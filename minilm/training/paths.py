@@ -29,6 +29,8 @@ def take(model: ModelConfig, layout: Layout, *, compiled: bool) -> dict[str, str
         "products": "oneDNN" if plain and onednn.works() else "torch",
         "norm, rotation, SwiGLU": "compiled" if compiled else "fused" if plain else "torch",
     }
+    if getattr(model, "memory", "none") != "none":
+        paths["reading of entries"] = "in parts" if plain and not compiled else "at once"
     if layout.device_type == "cpu":
         paths["freed memory"] = "kept" if keep_freed_memory() else "given back"
     return paths
