@@ -196,7 +196,5 @@ def _peers() -> Iterator[tuple[str, Entry]]:
             how, tail = ("compiled", "-compiled") if compiled else ("eager", "")
             options = {"name": folder, "compiled": compiled}
             yield folder.lower() + tail, Entry(f"{folder}, {how}", "peers", options, folder=folder)
-    kept = Entry(
-        "litgpt, compiled, malloc settings", "peers", {"name": "litgpt", "compiled": True}, MALLOC, "litgpt"
-    )
-    yield "litgpt-compiled-malloc", kept
+    options = {"name": "litgpt", "compiled": False}
+    yield "litgpt-malloc", Entry("litgpt, eager, malloc settings", "peers", options, MALLOC, "litgpt")
