@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 import sys
 
 import pytest
@@ -308,3 +309,28 @@ def test_no_two_sections_have_one_name(page, folders):
     ]
     assert len(set(headings)) == len(headings)
     assert "## Training step, 26m, heads of 16, nobody compiled (training_step_again)" in headings
+
+
+def test_results_name_the_commit_and_whether_code_was_changed_since(measuring, monkeypatch, tmp_path):
+    def git(*arguments):
+        who = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+        ran = subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+        return ran.stdout.strip()
+
+    (tmp_path / "benchmarks").mkdir()
+    monkeypatch.setattr(measuring, "__file__", str(tmp_path / "benchmarks" / "measuring.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert measuring.commit() is None
+    git("init", "-q")
+    (tmp_path / "code.py").write_text("1\n")
+    (tmp_path / "results.json").write_text("1\n")
+    git("add", ".")
+    git("commit", "-q", "-m", "m")
+    name = git("rev-parse", "HEAD")[:10]
+    assert measuring.commit() == name
+    (tmp_path / "results.json").write_text("2\n")  # what a benchmark itself writes
+    assert measuring.commit() == name
+    (tmp_path / "code.py").write_text("2\n")
+    assert measuring.commit() == name + "+"
