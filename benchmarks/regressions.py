@@ -86,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}. Nothing is kept.", file=sys.stderr)
         return 2
     lines = [*before, now]
+    if args.quick:
+        print("Tiny models, to see that it works: no figures, and not the size that is named below.\n")
     print(section({"results": {"lines": lines}, "command": "python benchmarks/regressions.py"}))
     if not (args.check or args.quick):
         settings = {"threads": THREADS, "repeats": REPEATS}

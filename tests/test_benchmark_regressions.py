@@ -168,6 +168,7 @@ def test_a_line_is_added_and_a_worse_one_is_told(bench, monkeypatch, tmp_path, c
     assert {"commit", "transformers", "onednn"} <= set(lines[0]) and lines[0]["threads"] == 2
     assert "was accepted: one check more" in capsys.readouterr().out
     assert bench.main(["--json", str(path), "--quick"]) == 0
+    assert capsys.readouterr().out.startswith("Tiny models")
     assert len(json.loads(path.read_text())["results"]["lines"]) == 3 and len(list(tmp_path.iterdir())) == 1
 
 
